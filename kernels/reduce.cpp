@@ -1,0 +1,14 @@
+#include "kernels/reduce.h"
+
+#include "kernels/dispatch.h"
+
+namespace deltapipe::kernels {
+
+DELTAPIPE_KERNEL(sum_of_squares)
+
+void sum_of_squares(const Stream& stream, const Tensor& x, const Tensor& out) {
+  check_tensor(out, {1}, DType::f64, "sum_of_squares: out");
+  DELTAPIPE_DISPATCH(stream, sum_of_squares, stream, x, out);
+}
+
+}  // namespace deltapipe::kernels
