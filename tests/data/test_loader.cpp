@@ -25,48 +25,57 @@ struct Sequence {
 };
 
 /// The definition in data/loader.h, one token at a time.
-Sequence expected_window(const Documents& documents, std::uint64_t window, std::int64_t length, bool isolate) {
+class Definition {
+ public:
+  explicit Definition(const Documents& documents) {
+    for (const auto& document : documents) {
+      const auto begin = static_cast<std::int64_t>(stream_.size());
+      for (std::size_t i = 0; i < document.size(); ++i) {
+        const bool last = i + 1 == document.size();
+        stream_.push_back(
+            {static_cast<std::int32_t>(document[i]), last ? -1 : static_cast<std::int32_t>(document[i + 1]), begin});
+      }
+    }
+  }
+  std::size_t size() const { return stream_.size(); }
+  Sequence window(std::uint64_t window, std::int64_t length, bool isolate) const {
+    Sequence out(length);
+    const auto first = static_cast<std::int64_t>(window) * length;
+    for (std::int64_t t = 0; t < length; ++t) {
+      const Token& token = stream_[static_cast<std::size_t>(first + t)];
+      const auto i = static_cast<std::size_t>(t);
+      out.tokens[i] = token.id;
+      out.labels[i] = token.next;
+      out.start[i] = isolate ? static_cast<std::int32_t>(std::max<std::int64_t>(0, token.document_begin - first)) : 0;
+      out.positions[i] = static_cast<std::int32_t>(t) - out.start[i];
+    }
+    return out;
+  }
+
+ private:
   struct Token {
     std::int32_t id, next;
     std::int64_t document_begin;
   };
-  std::vector<Token> stream;
-  for (const auto& document : documents) {
-    const auto begin = static_cast<std::int64_t>(stream.size());
-    for (std::size_t i = 0; i < document.size(); ++i) {
-      const bool last = i + 1 == document.size();
-      stream.push_back(
-          {static_cast<std::int32_t>(document[i]), last ? -1 : static_cast<std::int32_t>(document[i + 1]), begin});
-    }
-  }
-  Sequence out(length);
-  const auto first = static_cast<std::int64_t>(window) * length;
-  for (std::int64_t t = 0; t < length; ++t) {
-    const Token& token = stream[static_cast<std::size_t>(first + t)];
-    const auto i = static_cast<std::size_t>(t);
-    out.tokens[i] = token.id;
-    out.labels[i] = token.next;
-    out.start[i] = isolate ? static_cast<std::int32_t>(std::max<std::int64_t>(0, token.document_begin - first)) : 0;
-    out.positions[i] = static_cast<std::int32_t>(t) - out.start[i];
-  }
-  return out;
-}
+  std::vector<Token> stream_;
+};
 
 TEST(WindowReader, EqualsTheDefinition) {
   const TemporaryFolder folder;
   for (std::uint64_t seed = 0; seed < 12; ++seed) {
     const std::uint64_t longest = std::vector<std::uint64_t>{1, 3, 40, 200}[seed % 4];
     const Documents documents = testing::random_documents(seed, 60, longest, 50);
+    const Definition expected(documents);
     testing::write_dataset(folder / "a.h5", tiny, documents);
     const TokenDataset dataset(folder / "a.h5");
     for (const std::int64_t length : {1, 2, 7, 16, 33, 60}) {
       for (const bool isolate : {true, false}) {
         const WindowReader reader(dataset, length, isolate);
-        ASSERT_EQ(reader.windows(), testing::join(documents).size() / static_cast<std::size_t>(length));
+        ASSERT_EQ(reader.windows(), expected.size() / static_cast<std::size_t>(length));
         for (std::uint64_t w = 0; w < reader.windows(); ++w) {
           Sequence got(length);
           reader.fill(w, got);
-          ASSERT_EQ(got, expected_window(documents, w, length, isolate)) << seed << ' ' << length << ' ' << w;
+          ASSERT_EQ(got, expected.window(w, length, isolate)) << seed << ' ' << length << ' ' << w;
         }
       }
     }
@@ -142,6 +151,7 @@ TEST(WindowReader, NamesDamagedTokens) {
 TEST(SequenceLoader, ShowsEveryWindowOnceAnEpoch) {
   const TemporaryFolder folder;
   const Documents documents = testing::random_documents(8, 100, 60, 50);
+  const Definition expected(documents);
   testing::write_dataset(folder / "a.h5", tiny, documents);
   const TokenDataset dataset(folder / "a.h5");
   const SequenceLoader loader(dataset, 16, 42, true);
@@ -156,7 +166,7 @@ TEST(SequenceLoader, ShowsEveryWindowOnceAnEpoch) {
       order.push_back(window);
       Sequence got(16);
       loader.fill(position, got);
-      ASSERT_EQ(got, expected_window(documents, window, 16, true)) << position;
+      ASSERT_EQ(got, expected.window(window, 16, true)) << position;
     }
     orders.push_back(order);
     std::sort(order.begin(), order.end());
@@ -189,6 +199,7 @@ TEST(SequenceLoader, IsAPureFunctionOfItsArguments) {
 TEST(SequenceLoader, ServesSeveralThreads) {
   const TemporaryFolder folder;
   const Documents documents = testing::random_documents(10, 300, 60, 50);
+  const Definition expected(documents);
   testing::write_dataset(folder / "a.h5", tiny, documents);
   const TokenDataset dataset(folder / "a.h5");
   const SequenceLoader loader(dataset, 32, 1, true);
@@ -201,7 +212,7 @@ TEST(SequenceLoader, ServesSeveralThreads) {
   }
   for (auto& thread : threads) thread.join();
   for (std::size_t p = 0; p < got.size(); ++p) {
-    ASSERT_EQ(got[p], expected_window(documents, loader.window_of(p), 32, true));
+    ASSERT_EQ(got[p], expected.window(loader.window_of(p), 32, true));
   }
 }
 
