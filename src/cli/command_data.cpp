@@ -1,0 +1,48 @@
+#include "cli/command_data.h"
+
+#include "data/build_dataset.h"
+
+#include <fmt/core.h>
+#include <CLI/CLI.hpp>
+
+#include <memory>
+
+namespace deltapipe {
+namespace {
+
+void print(const std::filesystem::path& path, const BuildCounts& counts) {
+  fmt::print("{}: {} documents, {} tokens, {} bytes\n", path.string(), counts.documents, counts.tokens, counts.bytes);
+}
+
+void run(const BuildOptions& options) {
+  const BuildReport report = build_dataset(options);
+  print(options.out, report.train);
+  if (!options.validation.empty()) print(options.validation, report.validation);
+  fmt::print("from {} files", report.files);
+  if (report.empty_documents > 0) fmt::print(", {} empty documents left out", report.empty_documents);
+  fmt::print("\n");
+}
+
+}  // namespace
+
+void add_data_command(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "data",
+      "Make a token dataset from text or JSON lines, one token a byte (for tokenizers: tools/tokenize_corpus.py)");
+  const auto options = std::make_shared<BuildOptions>();
+  command->add_option("inputs", options->inputs, "files and folders; *.jsonl holds a document a line")->required();
+  command->add_option("--out", options->out, "the dataset to write (.h5)")->required();
+  command->add_option("--field", options->field, "key of the text in *.jsonl")->capture_default_str();
+  CLI::Option* validation =
+      command->add_option("--validation", options->validation, "a second dataset for documents set aside");
+  command->add_option("--validation-fraction", options->validation_fraction, "share of the documents set aside")
+      ->needs(validation)
+      ->capture_default_str();
+  command->add_option("--seed", options->seed, "of the choice of validation documents")->capture_default_str();
+  command->add_option("--suffix", options->suffixes, "in folders, take only files that end so (.txt,.rst)")
+      ->delimiter(',')
+      ->allow_extra_args(false);  // or it would swallow the inputs behind it
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace deltapipe
