@@ -40,6 +40,7 @@ class TemporaryFolder {
 
 inline void write_text(const std::filesystem::path& path, std::string_view content) {
   std::filesystem::create_directories(path.parent_path());
+  std::filesystem::remove(path);  // some file systems flush a file to the disk when it is written over
   std::ofstream(path, std::ios::binary).write(content.data(), static_cast<std::streamsize>(content.size()));
 }
 
