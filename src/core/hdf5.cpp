@@ -1,8 +1,7 @@
 #include "core/hdf5.h"
 
 #include "core/error.h"
-
-#include <hdf5.h>
+#include "core/hdf5_detail.h"
 
 #include <algorithm>
 #include <array>
@@ -10,37 +9,19 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <mutex>
 #include <type_traits>
 #include <utility>
 
 namespace deltapipe::hdf5 {
 namespace {
 
-static_assert(std::is_same_v<hid_t, std::int64_t> || sizeof(hid_t) == sizeof(std::int64_t));
+static_assert(std::is_same_v<hid_t, std::int64_t>);
 static_assert(std::endian::native == std::endian::little);
 
 std::recursive_mutex& library_lock() {
   static std::recursive_mutex lock;
   return lock;
 }
-
-/// Held for the length of every use of the library: one thread at a time, and no error text on the console.
-class Call {
- public:
-  Call() : hold_(library_lock()) {
-    // The library's exit handler would touch files again whose closing had failed (full disk) and crash there;
-    // everything of ours is closed by its owner.
-    static const bool once = (H5dont_atexit(), true);
-    static_cast<void>(once);
-    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
-    H5Eclear2(H5E_DEFAULT);
-  }
-
- private:
-  std::lock_guard<std::recursive_mutex> hold_;
-};
 
 struct Reason {
   std::string innermost;
@@ -57,33 +38,6 @@ herr_t collect(unsigned, const H5E_error2_t* entry, void* out) {
   if (reason.os_error == 0 && at != std::string::npos) reason.os_error = std::atoi(text.c_str() + at + 8);
   return 0;
 }
-
-enum class Access { read, write };
-
-/// Throws for the call that has just failed. `doing` reads like "cannot open FILE".
-[[noreturn]] void fail_hdf5(const std::string& doing, Access access) {
-  Reason reason;
-  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, collect, &reason);
-  H5Eclear2(H5E_DEFAULT);
-  if (reason.os_error != 0 && reason.locking) {
-    if (reason.os_error == EAGAIN) fail<IoError>("{}: another process has it open for writing", doing);
-    fail<IoError>("{}: its file system has no locks ({}); set HDF5_USE_FILE_LOCKING=FALSE in the environment", doing,
-                  std::strerror(reason.os_error));
-  }
-  if (reason.os_error != 0) fail<IoError>("{}: {}", doing, std::strerror(reason.os_error));
-  if (access == Access::read) fail<FormatError>("{}: {}", doing, reason.innermost);
-  fail<InternalError>("{}: {}", doing, reason.innermost);
-}
-
-template <class Id>
-Id check(Id result, const std::string& doing, Access access) {
-  if (result < 0) fail_hdf5(doing, access);
-  return result;
-}
-
-Handle own_space(hid_t id) { return {id, H5Sclose}; }
-Handle own_type(hid_t id) { return {id, H5Tclose}; }
-Handle own_properties(hid_t id) { return {id, H5Pclose}; }
 
 /// A floating-point type of 16 bits with the given number of exponent bits.
 Handle half_type(std::size_t exponent_bits) {
@@ -217,6 +171,29 @@ Handle link_properties() {
 }
 
 }  // namespace
+
+Call::Call() : hold_(library_lock()) {
+  // The library's exit handler would touch files again whose closing had failed (full disk) and crash there; everything
+  // of ours is closed by its owner.
+  static const bool once = (H5dont_atexit(), true);
+  static_cast<void>(once);
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+  H5Eclear2(H5E_DEFAULT);
+}
+
+void fail_hdf5(const std::string& doing, Access access) {
+  Reason reason;
+  H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, collect, &reason);
+  H5Eclear2(H5E_DEFAULT);
+  if (reason.os_error != 0 && reason.locking) {
+    if (reason.os_error == EAGAIN) fail<IoError>("{}: another process has it open for writing", doing);
+    fail<IoError>("{}: its file system has no locks ({}); set HDF5_USE_FILE_LOCKING=FALSE in the environment", doing,
+                  std::strerror(reason.os_error));
+  }
+  if (reason.os_error != 0) fail<IoError>("{}: {}", doing, std::strerror(reason.os_error));
+  if (access == Access::read) fail<FormatError>("{}: {}", doing, reason.innermost);
+  fail<InternalError>("{}: {}", doing, reason.innermost);
+}
 
 Handle::Handle(Handle&& other) noexcept : id_(std::exchange(other.id_, -1)), close_(other.close_) {}
 
@@ -368,12 +345,6 @@ bool File::exists(const std::string& object) const {
   }
 }
 
-Handle File::open_object(const std::string& object) const {
-  return {check(H5Oopen(id_.get(), object.c_str(), H5P_DEFAULT), "cannot open " + where(object),
-                writable_ ? Access::write : Access::read),
-          H5Oclose};
-}
-
 std::vector<std::string> File::list(const std::string& group) const {
   const Call call;
   const Access access = writable_ ? Access::write : Access::read;
@@ -460,179 +431,6 @@ void File::create_virtual(const std::string& path, DType dtype, const Shape& sha
     }
   }
   make_dataset(path, dtype, space.get(), properties.get());
-}
-
-bool File::has_attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  return check(H5Aexists(owner.get(), name.c_str()), "cannot examine " + where(object), Access::read) > 0;
-}
-
-namespace {
-
-struct Attribute {
-  Handle id;
-  Handle type;
-  hssize_t count = 0;
-  std::string what;  // "FILE: OBJECT: attribute NAME"
-};
-
-Attribute open_attribute(const Handle& owner, const std::string& object, const std::string& name) {
-  Attribute a;
-  a.what = object + ": attribute \"" + name + "\"";
-  if (H5Aexists(owner.get(), name.c_str()) <= 0) fail<FormatError>("{} is missing", a.what);
-  a.id =
-      Handle(check(H5Aopen(owner.get(), name.c_str(), H5P_DEFAULT), "cannot open " + a.what, Access::read), H5Aclose);
-  a.type = own_type(check(H5Aget_type(a.id.get()), "cannot read " + a.what, Access::read));
-  const Handle space = own_space(check(H5Aget_space(a.id.get()), "cannot read " + a.what, Access::read));
-  a.count = H5Sget_simple_extent_npoints(space.get());
-  return a;
-}
-
-void need_one(const Attribute& a) {
-  if (a.count != 1) fail<FormatError>("{} has {} values, expected one", a.what, a.count);
-}
-
-/// Integers of any width; 64 bits, whose sign is `is_signed`.
-std::vector<std::uint64_t> read_integers(const Attribute& a, bool& is_signed) {
-  if (H5Tget_class(a.type.get()) != H5T_INTEGER) fail<FormatError>("{} is not an integer", a.what);
-  is_signed = H5Tget_sign(a.type.get()) != H5T_SGN_NONE;
-  if (a.count < 0 || a.count > (1 << 20)) fail<FormatError>("{} has {} values", a.what, a.count);
-  std::vector<std::uint64_t> values(static_cast<std::size_t>(a.count));
-  if (values.empty()) return values;
-  check(H5Aread(a.id.get(), is_signed ? H5T_NATIVE_INT64 : H5T_NATIVE_UINT64, values.data()), "cannot read " + a.what,
-        Access::read);
-  return values;
-}
-
-std::int64_t to_signed(const Attribute& a, std::uint64_t bits, bool is_signed) {
-  const auto value = static_cast<std::int64_t>(bits);
-  if (!is_signed && value < 0) fail<FormatError>("{} is {}, too large", a.what, bits);
-  return value;
-}
-
-std::string read_string(const Attribute& a) {
-  if (H5Tget_class(a.type.get()) != H5T_STRING) fail<FormatError>("{} is not a string", a.what);
-  if (H5Tis_variable_str(a.type.get()) > 0) {
-    const Handle memory = own_type(H5Tcopy(H5T_C_S1));
-    H5Tset_size(memory.get(), H5T_VARIABLE);
-    H5Tset_cset(memory.get(), H5Tget_cset(a.type.get()));
-    char* text = nullptr;
-    check(H5Aread(a.id.get(), memory.get(), &text), "cannot read " + a.what, Access::read);
-    std::string value = text ? text : "";
-    H5free_memory(text);
-    return value;
-  }
-  const std::size_t size = H5Tget_size(a.type.get());
-  if (size > (std::size_t{1} << 26)) fail<FormatError>("{} is {} bytes long", a.what, size);
-  std::string value(size, '\0');
-  check(H5Aread(a.id.get(), a.type.get(), value.data()), "cannot read " + a.what, Access::read);
-  if (H5Tget_strpad(a.type.get()) == H5T_STR_SPACEPAD) {
-    value.erase(value.find_last_not_of(' ') + 1);
-  } else {
-    value.resize(std::min(value.size(), value.find('\0')));
-  }
-  return value;
-}
-
-}  // namespace
-
-template <>
-std::uint64_t File::attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  const Attribute a = open_attribute(owner, where(object), name);
-  need_one(a);
-  bool is_signed = false;
-  const std::uint64_t bits = read_integers(a, is_signed)[0];
-  if (is_signed && static_cast<std::int64_t>(bits) < 0) {
-    fail<FormatError>("{} is {}, must not be negative", a.what, static_cast<std::int64_t>(bits));
-  }
-  return bits;
-}
-
-template <>
-std::int64_t File::attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  const Attribute a = open_attribute(owner, where(object), name);
-  need_one(a);
-  bool is_signed = false;
-  const std::uint64_t bits = read_integers(a, is_signed)[0];
-  return to_signed(a, bits, is_signed);
-}
-
-template <>
-std::vector<std::int64_t> File::attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  const Attribute a = open_attribute(owner, where(object), name);
-  bool is_signed = false;
-  std::vector<std::int64_t> values;
-  for (const std::uint64_t bits : read_integers(a, is_signed)) values.push_back(to_signed(a, bits, is_signed));
-  return values;
-}
-
-template <>
-double File::attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  const Attribute a = open_attribute(owner, where(object), name);
-  need_one(a);
-  const H5T_class_t kind = H5Tget_class(a.type.get());
-  if (kind != H5T_FLOAT && kind != H5T_INTEGER) fail<FormatError>("{} is not a number", a.what);
-  double value = 0;
-  check(H5Aread(a.id.get(), H5T_NATIVE_DOUBLE, &value), "cannot read " + a.what, Access::read);
-  return value;
-}
-
-template <>
-std::string File::attribute(const std::string& object, const std::string& name) const {
-  const Call call;
-  const Handle owner = open_object(object);
-  const Attribute a = open_attribute(owner, where(object), name);
-  need_one(a);
-  return read_string(a);
-}
-
-void File::put_attribute(const std::string& object, const std::string& name, std::int64_t type, std::int64_t space,
-                         const void* value) {
-  const Handle owner = open_object(object);
-  const std::string doing = "cannot write " + where(object) + ": attribute \"" + name + "\"";
-  if (H5Aexists(owner.get(), name.c_str()) > 0) check(H5Adelete(owner.get(), name.c_str()), doing, Access::write);
-  const Handle attribute(
-      check(H5Acreate2(owner.get(), name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT), doing, Access::write),
-      H5Aclose);
-  if (value != nullptr) check(H5Awrite(attribute.get(), type, value), doing, Access::write);
-}
-
-void File::set_attribute(const std::string& object, const std::string& name, std::uint64_t value) {
-  const Call call;
-  put_attribute(object, name, H5T_STD_U64LE, space_of({}).get(), &value);
-}
-
-void File::set_attribute(const std::string& object, const std::string& name, std::int64_t value) {
-  const Call call;
-  put_attribute(object, name, H5T_STD_I64LE, space_of({}).get(), &value);
-}
-
-void File::set_attribute(const std::string& object, const std::string& name, double value) {
-  const Call call;
-  put_attribute(object, name, H5T_IEEE_F64LE, space_of({}).get(), &value);
-}
-
-void File::set_attribute(const std::string& object, const std::string& name, std::string_view value) {
-  const Call call;
-  const Handle type = own_type(H5Tcopy(H5T_C_S1));
-  H5Tset_size(type.get(), value.size() + 1);  // fixed length, with its terminating zero
-  H5Tset_cset(type.get(), H5T_CSET_UTF8);
-  put_attribute(object, name, type.get(), space_of({}).get(), std::string(value).c_str());
-}
-
-void File::set_attribute(const std::string& object, const std::string& name, std::span<const std::int64_t> values) {
-  const Call call;
-  put_attribute(object, name, H5T_STD_I64LE, space_of({static_cast<std::int64_t>(values.size())}).get(),
-                values.empty() ? nullptr : values.data());
 }
 
 void File::flush() {
