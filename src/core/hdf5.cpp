@@ -52,7 +52,7 @@ herr_t collect(unsigned, const H5E_error2_t* entry, void* out) {
   auto& reason = *static_cast<Reason*>(out);
   const std::string text = entry->desc ? entry->desc : "";
   if (reason.innermost.empty()) reason.innermost = text;
-  if (text.find("lock") != std::string::npos) reason.locking = true;
+  if (text.find("unable to lock") != std::string::npos) reason.locking = true;
   const auto at = text.find("errno = ");
   if (reason.os_error == 0 && at != std::string::npos) reason.os_error = std::atoi(text.c_str() + at + 8);
   return 0;
@@ -183,6 +183,23 @@ Handle space_of(const Shape& shape) {
   std::array<hsize_t, Shape::max_rank> dims{};
   for (int i = 0; i < shape.rank(); ++i) dims[static_cast<std::size_t>(i)] = static_cast<hsize_t>(shape[i]);
   return own_space(shape.rank() == 0 ? H5Screate(H5S_SCALAR) : H5Screate_simple(shape.rank(), dims.data(), nullptr));
+}
+
+/// Closes a file with whatever of it is still open, so that nothing is written later and errors show here. (The
+/// library's own way to do so, H5F_CLOSE_STRONG, keeps virtual datasets of this process from reading the file.)
+herr_t close_file(hid_t file) {
+  constexpr unsigned objects = H5F_OBJ_ALL & ~static_cast<unsigned>(H5F_OBJ_FILE);
+  const ssize_t count = H5Fget_obj_count(file, objects | H5F_OBJ_LOCAL);
+  if (count > 0) {
+    std::vector<hid_t> ids(static_cast<std::size_t>(count));
+    const ssize_t found = H5Fget_obj_ids(file, objects | H5F_OBJ_LOCAL, ids.size(), ids.data());
+    ids.resize(static_cast<std::size_t>(std::max<ssize_t>(found, 0)));
+    for (const hid_t id : ids) {
+      while (H5Idec_ref(id) > 0) {
+      }
+    }
+  }
+  return H5Fclose(file);
 }
 
 /// Properties of new datasets: groups on the way are made by the link list; times are left out so that equal contents
@@ -326,21 +343,18 @@ std::optional<std::uint64_t> Dataset::file_offset() const {
 
 File File::open(const std::filesystem::path& path) {
   const Call call;
-  const Handle properties = own_properties(H5Pcreate(H5P_FILE_ACCESS));
-  H5Pset_fclose_degree(properties.get(), H5F_CLOSE_STRONG);
-  const hid_t id = H5Fopen(path.c_str(), H5F_ACC_RDONLY, properties.get());
+  const hid_t id = H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
   check(id, "cannot open " + path.string() + " as HDF5", Access::read);
-  return {Handle(id, H5Fclose), path, false};
+  return {Handle(id, close_file), path, false};
 }
 
 File File::create(const std::filesystem::path& path, bool truncate) {
   const Call call;
   const Handle properties = own_properties(H5Pcreate(H5P_FILE_ACCESS));
-  H5Pset_fclose_degree(properties.get(), H5F_CLOSE_STRONG);
   H5Pset_alignment(properties.get(), 4096, 4096);  // large datasets begin on a page, so that they can be mapped
   const hid_t id = H5Fcreate(path.c_str(), truncate ? H5F_ACC_TRUNC : H5F_ACC_EXCL, H5P_DEFAULT, properties.get());
   check(id, "cannot create " + path.string(), Access::write);
-  return {Handle(id, H5Fclose), path, true};
+  return {Handle(id, close_file), path, true};
 }
 
 bool File::exists(const std::string& object) const {

@@ -6,14 +6,27 @@
 #include <gtest/gtest.h>
 #include <hdf5.h>
 #include <sys/file.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <thread>
+
+namespace {
+int lock_refusal = 0;  // errno that locking gives; 0: it works
+}  // namespace
+
+/// The one that the HDF5 library calls, too: the program's symbols come before those of libc.
+extern "C" int flock(int fd, int operation) noexcept {
+  if (lock_refusal == 0) return static_cast<int>(syscall(SYS_flock, fd, operation));
+  errno = lock_refusal;
+  return -1;
+}
 
 namespace deltapipe {
 namespace {
@@ -370,6 +383,45 @@ TEST_F(Hdf5, ALockedFileIsNamedAsSuch) {
   EXPECT_TRUE(contains(message_of<IoError>([&] { File::open(folder_ / "a.h5"); }), "another process"));
   close(fd);
   File::open(folder_ / "a.h5");
+}
+
+TEST_F(Hdf5, AFileSystemWithoutLocksIsNamedAsSuch) {
+  {
+    File file = File::create(folder_ / "a.h5");
+    file.close();
+  }
+  for (int refusal : {ENOLCK, EOPNOTSUPP}) {
+    lock_refusal = refusal;
+    for (const auto& use : std::vector<std::function<void()>>{[&] { File::open(folder_ / "a.h5"); },
+                                                              [&] { File::create(folder_ / "b.h5"); }}) {
+      const std::string message = message_of<IoError>(use);
+      EXPECT_TRUE(contains(message, "HDF5_USE_FILE_LOCKING=FALSE")) << message;
+      EXPECT_TRUE(contains(message, std::strerror(refusal))) << message;
+      fs::remove(folder_ / "b.h5");
+    }
+    lock_refusal = 0;
+  }
+}
+
+TEST_F(Hdf5, ClosingTakesOpenDatasetsAlong) {
+  File file = File::create(folder_ / "a.h5");
+  std::vector<float> x(5, 1.5f);
+  auto d = file.create_dataset("/x", DType::f32, {5});
+  auto growing = file.create_growing("/y", DType::f32, 4);
+  d.write({x.data(), DType::f32, {5}});
+  growing.append({x.data(), DType::f32, {5}});
+  file.close();
+  const std::string before = read_file(folder_ / "a.h5");
+  EXPECT_THROW(d.write({x.data(), DType::f32, {5}}), Error);
+  {
+    const File again = File::open(folder_ / "a.h5");  // a writer that were still open would hold the lock
+    std::vector<float> back(5);
+    again.dataset("/y").read({back.data(), DType::f32, {5}});
+    EXPECT_EQ(back, x);
+  }
+  d = File::open(folder_ / "a.h5").dataset("/x");
+  growing = File::open(folder_ / "a.h5").dataset("/y");
+  EXPECT_EQ(read_file(folder_ / "a.h5"), before);
 }
 
 TEST_F(Hdf5, EqualContentsGiveEqualFiles) {
