@@ -60,7 +60,8 @@ def check_text(value, field, place, replace_invalid):
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair
         if not replace_invalid:
-            raise Failure(f"{place}: '{field}' holds a lone surrogate (--replace-invalid-utf8 would accept it)") from None
+            hint = "--replace-invalid-utf8 would accept it"
+            raise Failure(f"{place}: '{field}' holds a lone surrogate ({hint})") from None
         value = value.encode("utf-8", errors="replace").decode("utf-8")
     return value
 
@@ -313,7 +314,7 @@ def read_json(path):
 
 
 def special_token(which, given, folder, tokenizer):
-    """Id of `which` ("bos" or "eos"): the option, else the tokenizer's configuration, else the model's; None if absent."""
+    """Id of `which` ("bos" or "eos"): the option, else the tokenizer's configuration, else the model's, else None."""
     if given is not None:
         return None if given < 0 else given
     token = read_json(folder / "tokenizer_config.json").get(f"{which}_token")
@@ -342,7 +343,8 @@ def parse_arguments(arguments):
     parser.add_argument("--eos", type=int, metavar="ID", help="instead of the configured one; -1: none")
     parser.add_argument("--prepend-bos", action="store_true", help="begin every document with bos")
     parser.add_argument("--replace-invalid-utf8", action="store_true", help="U+FFFD instead of an error")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Makes tokens.h5: a dataset of five words written by tools/tokenize_corpus.py through h5py, which the C++ reader's test
-expects to find readable. Needs tokenizers, h5py, numpy, xxhash."""
+"""Makes tokens.h5: a dataset of five words written by tools/tokenize_corpus.py through h5py, for the test of the C++
+reader. Needs tokenizers, h5py, numpy, xxhash."""
 
 import subprocess
 import sys
@@ -20,6 +20,6 @@ with tempfile.TemporaryDirectory() as folder:
     text = colours / "text.txt"
     text.write_text("red green\n\nblue\n\ngreen green red\n")
     subprocess.run(
-        [sys.executable, here.parents[1] / "tools" / "tokenize_corpus.py", "--tokenizer", colours, "--bos", "0", "--eos",
-         "1", "--prepend-bos", "--split-blank-lines", "--out", here / "tokens.h5", text], check=True,
+        [sys.executable, here.parents[1] / "tools" / "tokenize_corpus.py", "--tokenizer", colours, "--bos", "0",
+         "--eos", "1", "--prepend-bos", "--split-blank-lines", "--out", here / "tokens.h5", text], check=True,
     )

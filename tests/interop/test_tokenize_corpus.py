@@ -229,7 +229,7 @@ def test_wrong_calls_leave_nothing(tokenizer_folder, tmp_path):
     tool = ("--tokenizer", tokenizer_folder, "--out", out)
     assert "no such file" in run_error(tmp_path, *tool, tmp_path / "missing.txt")
     assert "no such file" in run_error(tmp_path, "--tokenizer", tmp_path, "--out", out, source)
-    assert "no such folder" in run_error(tmp_path, "--tokenizer", tokenizer_folder, "--out", tmp_path / "x/o.h5", source)
+    assert "no such folder" in run_error(tmp_path, *tool, "--out", tmp_path / "x/o.h5", source)
     assert "no document" in run_error(tmp_path, *tool, empty)
     assert "decompress" in run_error(tmp_path, *tool, zipped)
     assert "both" in run_error(tmp_path, "--tokenizer", tokenizer_folder, "--out", source, source)
