@@ -108,7 +108,7 @@ RopeSpec read_rope_object(const Reader& r, const Reader& root, double outer_thet
   if (r.has("rope_type")) type = r.string("rope_type");
   if (r.has("type")) {
     if (r.has("rope_type") && r.string("type") != type)
-      r.refuse_value("type", fmt::format("'{}' as in rope_type", type));
+      r.refuse_value("type", fmt::format("'{}' as in rope_type", printable(type)));
     type = r.string("type");
   }
   const char* type_key = r.has("type") && !r.has("rope_type") ? "type" : "rope_type";

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include <cstring>
+#include <nlohmann/json.hpp>
 
 namespace deltapipe {
 namespace {
@@ -177,6 +178,48 @@ TEST(HuggingFaceConfig, RefusesWhatItCannotExpressNamingTheKey) {
       {"config.json", "20", "3"});
   expect_error<FormatError>([&] { config.read("[1]"); }, {"config.json", "object"});
   expect_error<FormatError>([&] { config.read(old_style.substr(0, 200)); }, {"config.json", "JSON"});
+}
+
+// Every key with every kind of value: a valid spec or a FormatError, never another exception.
+TEST(HuggingFaceConfig, SurvivesAnyValueOfAnyKey) {
+  const ConfigText config;
+  std::vector<nlohmann::json> values{nullptr, true, -1, 0, 1, 3, 1e300, -0.5, "", "yarn", "x\ny"};
+  for (const char* text :
+       {"[]", "{}", "[1]", "[[\"kda\"]]", "{\"rope_type\":7}", "99999999999999999999", "9223372036854775807"}) {
+    values.push_back(nlohmann::json::parse(text));
+  }
+  int accepted = 0, refused = 0;
+  const auto try_one = [&](const nlohmann::json& j) {
+    try {
+      config.read(j.dump()).validate();
+      ++accepted;
+    } catch (const FormatError& e) {
+      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos) << e.what();
+      ++refused;
+    }
+  };
+  for (const std::string& text : {joined(afm_head, afm_old_rope), joined(afm_head, afm_new_rope), std::string(smol),
+                                  write_huggingface_config(testing::tiny_hybrid(), DType::f32)}) {
+    const nlohmann::json good = nlohmann::json::parse(text);
+    config.read(good.dump());
+    std::vector<std::string> keys{"sliding_window", "layer_types", "quantization_config", "partial_rotary_factor"};
+    for (const auto& [key, value] : good.items()) keys.push_back(key);
+    for (const std::string& key : keys) {
+      for (const auto& value : values) {
+        nlohmann::json j = good;
+        j[key] = value;
+        try_one(j);
+        if (!good.contains(key) || !good[key].is_object()) continue;
+        for (const auto& [inner, unused] : good[key].items()) {
+          j = good;
+          j[key][inner] = value;
+          try_one(j);
+        }
+      }
+    }
+  }
+  EXPECT_GT(accepted, 500);
+  EXPECT_GT(refused, 500);
 }
 
 // A published hybrid without our keys: the weights decide.
