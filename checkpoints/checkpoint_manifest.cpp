@@ -62,7 +62,8 @@ Json state_to_json(const TrainingState& s) {
           {"seeds", seeds},
           {"values", values},
           {"mesh", {{"data", s.mesh.data}, {"pipeline", s.mesh.pipeline}, {"sequence", s.mesh.sequence}}},
-          {"config", s.config_toml}};
+          {"config", s.config_toml},
+          {"model_config", s.model_config}};
 }
 
 TrainingState state_from_json(const Json& json) {
@@ -82,6 +83,7 @@ TrainingState state_from_json(const Json& json) {
   mesh.at("pipeline").get_to(s.mesh.pipeline);
   mesh.at("sequence").get_to(s.mesh.sequence);
   json.at("config").get_to(s.config_toml);
+  json.at("model_config").get_to(s.model_config);
   return s;
 }
 

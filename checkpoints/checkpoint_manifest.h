@@ -35,7 +35,8 @@ struct TrainingState {
   std::map<std::string, std::uint64_t> seeds;
   std::map<std::string, double> values;  // anything else, such as a loss average; any double, bit for bit but NaNs
   SavedMesh mesh;
-  std::string config_toml;  // the run's configuration as text
+  std::string config_toml;   // the run's configuration as text
+  std::string model_config;  // the student's config.json as an export would have it; it fixes the tensors' shapes
   friend bool operator==(const TrainingState&, const TrainingState&) = default;
 };
 

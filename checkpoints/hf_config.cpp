@@ -252,8 +252,11 @@ KdaSpec read_kda(const Reader& r, const ModelSpec& s, const ShapeLookup& shape_o
 }  // namespace
 
 ModelSpec read_huggingface_config(const std::filesystem::path& file, const ShapeLookup& shape_of) {
-  const std::string name = file.string();
-  const json root = parse_json(read_file(file), name);
+  return parse_huggingface_config(read_file(file), file.string(), shape_of);
+}
+
+ModelSpec parse_huggingface_config(std::string_view text, const std::string& name, const ShapeLookup& shape_of) {
+  const json root = parse_json(text, name);
   if (!root.is_object()) fail<FormatError>("{}: is not a JSON object", name);
   const Reader r(root, name);
   ModelSpec s;

@@ -23,6 +23,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace deltapipe {
 
@@ -34,6 +35,8 @@ using ShapeLookup = std::function<std::optional<Shape>(const std::string& name)>
 /// other than "default" and "yarn", contradictions between rope_parameters and rope_theta + rope_scaling. Throws
 /// FormatError naming file and key; IoError when the file cannot be read.
 ModelSpec read_huggingface_config(const std::filesystem::path& file, const ShapeLookup& shape_of = {});
+/// The same for text in memory; `name` is what errors call it.
+ModelSpec parse_huggingface_config(std::string_view text, const std::string& name, const ShapeLookup& shape_of = {});
 
 /// The text of config.json for weights of type `dtype` (f32 or bf16). Rotary parameters stand there in the old
 /// (rope_theta, rope_scaling) and the new style (rope_parameters). ConfigError when the spec's model type cannot

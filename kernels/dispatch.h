@@ -49,8 +49,6 @@ inline void check_shape(const Tensor& t, const Shape& shape, const char* what) {
 inline void check_dtype(const Tensor& t, DType dtype, const char* what) {
   if (t.dtype != dtype) fail<InternalError>("{} is {}, expected {}", what, name_of(t.dtype), name_of(dtype));
 }
-/// Type of sums, statistics and weight gradients of an operation on `dtype`: float32, or float64 for float64.
-inline DType accumulation_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 /// Shape and dtype in one line.
 inline void check_tensor(const Tensor& t, const Shape& shape, DType dtype, const char* what) {
   check_shape(t, shape, what);

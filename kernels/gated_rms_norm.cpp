@@ -9,8 +9,6 @@ DELTAPIPE_KERNEL(gated_rms_norm_backward)
 
 namespace {
 
-DType accumulation_dtype(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
-
 void check_inputs(const Tensor& x, const Tensor& gate, const Tensor& w, const Tensor& rstd) {
   require(x.shape.rank() == 3, "gated_rms_norm: x is not [T, H, V]");
   require(x.dim(2) >= 1 && x.dim(2) <= 512, "gated_rms_norm: a head has 1 to 512 channels");

@@ -13,8 +13,6 @@ DELTAPIPE_KERNEL(kda_apply_map)
 
 namespace {
 
-DType accumulation_dtype(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
-
 void check(const Tensor& t, const Shape& shape, DType dtype, const char* what) {
   check_shape(t, shape, what);
   check_dtype(t, dtype, what);

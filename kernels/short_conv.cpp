@@ -9,8 +9,6 @@ DELTAPIPE_KERNEL(short_conv_backward)
 
 namespace {
 
-DType accumulation_dtype(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
-
 void check_inputs(const Tensor& x, const Tensor& w, const Tensor& halo, const Tensor& start) {
   require(x.shape.rank() == 3, "short_conv: x is not [S, L, D]");
   require(w.shape.rank() == 2, "short_conv: w is not [D, W]");

@@ -1,4 +1,4 @@
-#include "cli/command_data.h"
+#include "cli/commands.h"
 
 #include "data/build_dataset.h"
 

@@ -40,6 +40,9 @@ constexpr std::string_view name_of(DType t) {
   return "?";
 }
 
+/// What sums, norms, gradients and states of values of type `t` are held in: float64 for float64, else float32.
+constexpr DType accumulation_dtype(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+
 /// Bit pattern of a bfloat16. Arithmetic happens in float.
 struct BFloat16 {
   std::uint16_t bits;

@@ -62,6 +62,7 @@ TEST_F(TrainingCheckpoint, StateKeepsNumbersThatJsonHasNot) {
               {"third", 1.0 / 3.0},
               {"whole", 3.0}};
   s.config_toml = std::string(100000, 'x') + "\t\n\x01";
+  s.model_config = "{\"model_type\": \"arcee_kda\"}";
   const manifest::Manifest back = manifest::parse(
       manifest::format({s, {{"rank-00000.h5", 1, 2}, {"checkpoint.h5", 3, 18446744073709551615u}}, {}}), "there");
   EXPECT_EQ(back.state, s);

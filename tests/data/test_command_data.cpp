@@ -1,4 +1,4 @@
-#include "cli/command_data.h"
+#include "cli/commands.h"
 
 #include "core/error.h"
 #include "data/token_dataset.h"

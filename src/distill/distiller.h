@@ -1,0 +1,59 @@
+// Forward and backward of one microbatch through teacher and student, in the pieces that a schedule orders:
+//   forward_teacher -> forward_student -> head -> backward_student       (end to end)
+//   align_mixers                                                        (mixer alignment: no gradient crosses layers)
+#pragma once
+
+#include "core/arena.h"
+#include "core/token_batch.h"
+#include "distill/objective.h"
+#include "model/transformer.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace deltapipe {
+
+/// What one microbatch keeps between the pieces. All tensors live in the activation arena.
+struct MicrobatchState {
+  TokenBatch batch;
+  Tensor teacher_final;                // [T, D] after the teacher's final norm
+  std::vector<Tensor> teacher_hidden;  // [T, D] after each compared teacher block, empty elsewhere
+  std::vector<Tensor> hidden;          // student: [0] embeddings, [l + 1] after block l; each [T, D]
+  std::vector<Block::Saved> saved;     // per student block, unless recomputing
+  Tensor gradient;                     // [T, D]: of the loss with respect to the hidden state backward has reached
+};
+
+class Distiller {
+ public:
+  /// `teacher` may be null when no loss needs it.
+  Distiller(const Transformer& student, const Transformer* teacher, std::int64_t loss_block_tokens, bool recompute)
+      : student_(student), teacher_(teacher), loss_block_tokens_(loss_block_tokens), recompute_(recompute) {}
+
+  /// One microbatch, forward and backward: adds to the student's gradients and to `sums`. `token_weight` is 1 over the
+  /// unmasked tokens of the whole global batch. Activations are released on return.
+  void train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
+             const LossSums& sums, Arena& activations) const;
+
+  /// One microbatch, forward only: adds all losses on the logits (and the teacher's, when there is one) to `sums`.
+  void evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights, const LossSums& sums,
+                Arena& activations) const;
+
+  void forward_teacher(const Context& c, const Objective& objective, MicrobatchState& state, Arena& activations) const;
+  void forward_student(const Context& c, MicrobatchState& state, Arena& activations, bool keep) const;
+  /// Both heads and the losses on logits, a block of tokens at a time. With `train`, state.gradient becomes the
+  /// gradient of the student's last hidden state.
+  void head(const Context& c, const kernels::DistillWeights& weights, double token_weight, bool train,
+            const LossSums& sums, MicrobatchState& state, Arena& activations) const;
+  void backward_student(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
+                        MicrobatchState& state) const;
+  void align_mixers(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
+                    const TokenBatch& batch, Arena& activations) const;
+
+ private:
+  const Transformer& student_;
+  const Transformer* teacher_;
+  std::int64_t loss_block_tokens_;
+  bool recompute_;
+};
+
+}  // namespace deltapipe

@@ -1,0 +1,132 @@
+#include "model/kda_mixer.h"
+
+#include "kernels/gated_rms_norm.h"
+#include "kernels/short_conv.h"
+
+#include <cmath>
+
+namespace deltapipe {
+
+KdaMixer::KdaMixer(const ModelSpec& spec, ParameterTable& parameters, const std::string& prefix)
+    : spec_(spec.kda),
+      norm_eps_(static_cast<float>(spec.norm_eps)),
+      projections_{Linear(parameters.at(prefix + "q_proj.weight")), Linear(parameters.at(prefix + "k_proj.weight")),
+                   Linear(parameters.at(prefix + "v_proj.weight"))},
+      convolutions_{&parameters.at(prefix + "q_conv1d.weight"), &parameters.at(prefix + "k_conv1d.weight"),
+                    &parameters.at(prefix + "v_conv1d.weight")},
+      f_inner_(parameters.at(prefix + "f_proj.0.weight")),
+      f_(parameters.at(prefix + "f_proj.1.weight")),
+      g_inner_(parameters.at(prefix + "g_proj.0.weight")),
+      g_(parameters.at(prefix + "g_proj.1.weight"), &parameters.at(prefix + "g_proj.1.bias")),
+      b_(parameters.at(prefix + "b_proj.weight")),
+      o_(parameters.at(prefix + "o_proj.weight")),
+      a_log_(&parameters.at(prefix + "A_log")),
+      dt_bias_(&parameters.at(prefix + "dt_bias")),
+      o_norm_(&parameters.at(prefix + "o_norm.weight")) {}
+
+Tensor KdaMixer::convolution_weight(int i) const {
+  return convolutions_[static_cast<std::size_t>(i)]->value.view({spec_.width(), spec_.conv_width});
+}
+
+kernels::KdaInputs KdaMixer::inputs(const TokenBatch& batch, const Saved& saved) const {
+  const Shape heads{batch.segments, batch.length, spec_.heads, spec_.head_dim};
+  kernels::KdaInputs in;
+  in.q = saved.convolved[0].view(heads);
+  in.k = saved.convolved[1].view(heads);
+  in.v = saved.convolved[2].view(heads);
+  in.f = saved.f.view(heads);
+  in.b = saved.b.view({batch.segments, batch.length, spec_.heads});
+  in.a_log = a_log_->value;
+  in.dt_bias = dt_bias_->value.view({spec_.heads, spec_.head_dim});
+  in.start = batch.start;
+  in.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(spec_.head_dim)));
+  in.gate_lower_bound = static_cast<float>(spec_.gate_lower_bound);
+  return in;
+}
+
+void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& h, const Tensor& out, Saved& saved,
+                       Arena& keep) const {
+  const std::int64_t tokens = batch.size(), width = spec_.width();
+  const Shape by_segment{batch.segments, batch.length, width};
+  const Shape by_head{tokens, spec_.heads, spec_.head_dim};
+  for (std::size_t i = 0; i < 3; ++i) {
+    saved.projected[i] = keep.allocate(h.dtype, {tokens, width}, "KDA projection");
+    saved.convolved[i] = keep.allocate(h.dtype, {tokens, width}, "KDA convolution");
+    projections_[i].forward(c, h, saved.projected[i]);
+    kernels::short_conv_forward(c.stream, saved.projected[i].view(by_segment), convolution_weight(static_cast<int>(i)),
+                                Tensor(), batch.start, saved.convolved[i].view(by_segment));
+  }
+  saved.f_inner = keep.allocate(h.dtype, {tokens, spec_.gate_rank}, "KDA gate, inner");
+  saved.f = keep.allocate(h.dtype, {tokens, width}, "KDA gate");
+  saved.g_inner = keep.allocate(h.dtype, {tokens, spec_.gate_rank}, "KDA output gate, inner");
+  saved.g = keep.allocate(h.dtype, {tokens, width}, "KDA output gate");
+  saved.b = keep.allocate(h.dtype, {tokens, spec_.heads}, "KDA beta");
+  saved.o = keep.allocate(h.dtype, {tokens, width}, "KDA output");
+  saved.normed = keep.allocate(h.dtype, {tokens, width}, "KDA normed output");
+  saved.rstd = keep.allocate(accumulation_dtype(h.dtype), {tokens, spec_.heads}, "KDA output rstd");
+  f_inner_.forward(c, h, saved.f_inner);
+  f_.forward(c, saved.f_inner, saved.f);
+  g_inner_.forward(c, h, saved.g_inner);
+  g_.forward(c, saved.g_inner, saved.g);
+  b_.forward(c, h, saved.b);
+  const kernels::KdaInputs in = inputs(batch, saved);
+  kernels::kda_forward(c.stream, in, Tensor(), saved.o.view(in.v.shape), Tensor(), c.workspace);
+  kernels::gated_rms_norm_forward(c.stream, saved.o.view(by_head), saved.g.view(by_head), o_norm_->value, norm_eps_,
+                                  saved.normed.view(by_head), saved.rstd);
+  o_.forward(c, saved.normed, out);
+}
+
+void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor& d_out, const Tensor& h,
+                        const Saved& saved, const Tensor& dh) const {
+  const auto scope = c.workspace.scope();
+  const std::int64_t tokens = batch.size(), width = spec_.width();
+  const Shape by_segment{batch.segments, batch.length, width};
+  const Shape by_head{tokens, spec_.heads, spec_.head_dim};
+  const auto scratch = [&](const Shape& shape, const char* label) {
+    return c.workspace.allocate(h.dtype, shape, label);
+  };
+  // Gated norm and output projection.
+  const Tensor d_normed = scratch({tokens, width}, "KDA d_normed");
+  const Tensor dg = scratch({tokens, width}, "KDA dg");
+  const Tensor dg_inner = scratch({tokens, spec_.gate_rank}, "KDA dg inner");
+  o_.backward(c, d_out, saved.normed, d_normed);
+  const Tensor& d_o = d_normed;
+  kernels::gated_rms_norm_backward(c.stream, d_normed.view(by_head), saved.o.view(by_head), saved.g.view(by_head),
+                                   o_norm_->value, saved.rstd, d_o.view(by_head), dg.view(by_head),
+                                   o_norm_->gradient());
+  g_.backward(c, dg, saved.g_inner, dg_inner);
+  g_inner_.backward(c, dg_inner, h, dh);
+  // The KDA operation.
+  const kernels::KdaInputs in = inputs(batch, saved);
+  std::array<Tensor, 3> d_convolved;
+  for (Tensor& t : d_convolved) t = scratch({tokens, width}, "KDA dqkv");
+  const Tensor df = scratch({tokens, width}, "KDA df");
+  const Tensor df_inner = scratch({tokens, spec_.gate_rank}, "KDA df inner");
+  const Tensor db = scratch({tokens, spec_.heads}, "KDA db");
+  const Tensor d_dt_bias = dt_bias_->gradient();
+  const kernels::KdaGradients gradients{
+      .dq = d_convolved[0].view(in.q.shape),
+      .dk = d_convolved[1].view(in.q.shape),
+      .dv = d_convolved[2].view(in.q.shape),
+      .df = df.view(in.q.shape),
+      .db = db.view(in.b.shape),
+      .da_log = a_log_->gradient(),
+      .ddt_bias = d_dt_bias ? d_dt_bias.view({spec_.heads, spec_.head_dim}) : Tensor(),
+  };
+  kernels::kda_backward(c.stream, in, Tensor(), d_o.view(in.v.shape), Tensor(), gradients, Tensor(), c.workspace);
+  f_.backward(c, df, saved.f_inner, df_inner);
+  f_inner_.backward(c, df_inner, h, dh, true);
+  b_.backward(c, db, h, dh, true);
+  // Convolutions and projections of q, k, v.
+  const Tensor d_projected = scratch({tokens, width}, "KDA d_projected");
+  for (std::size_t i = 0; i < 3; ++i) {
+    const Tensor dw = convolutions_[i]->gradient();
+    kernels::short_conv_backward(c.stream, d_convolved[i].view(by_segment), saved.projected[i].view(by_segment),
+                                 convolution_weight(static_cast<int>(i)), Tensor(), batch.start,
+                                 d_projected.view(by_segment), dw ? dw.view({width, spec_.conv_width}) : Tensor(),
+                                 Tensor());
+    projections_[i].backward(c, d_projected, h, dh, true);
+  }
+}
+
+}  // namespace deltapipe

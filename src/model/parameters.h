@@ -1,0 +1,52 @@
+// ParameterTable: the weights of one model, or of the part of it that a rank holds, with their gradients.
+#pragma once
+
+#include "core/arena.h"
+#include "core/tensor.h"
+#include "model/spec.h"
+
+#include <deque>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+namespace deltapipe {
+
+struct Parameter {
+  ParameterSpec spec;
+  Tensor value;            // compute dtype; accumulation dtype where spec.keep_float32
+  Tensor gradient_memory;  // accumulation dtype, the value's shape; empty when never trained
+  bool trainable = false;  // in the current stage
+
+  /// Where a backward pass adds this weight's gradient; empty when it is frozen.
+  Tensor gradient() const { return trainable ? gradient_memory : Tensor(); }
+};
+
+class ParameterTable {
+ public:
+  /// Takes room for every weight of `specs` from `arena`; values are uninitialised.
+  ParameterTable(const std::vector<ParameterSpec>& specs, DType dtype, Arena& arena);
+
+  /// Takes gradient room for the weights that `trained` selects.
+  void allocate_gradients(Arena& arena, const std::function<bool(const ParameterSpec&)>& trained);
+  /// Bytes of gradients are zeroed; nothing happens for weights without them.
+  void zero_gradients(const class Stream& stream);
+
+  /// Throws InternalError when the table has no such weight.
+  Parameter& at(std::string_view name);
+  const Parameter& at(std::string_view name) const;
+  const Parameter* find(std::string_view name) const;
+
+  std::deque<Parameter>& all() { return list_; }
+  const std::deque<Parameter>& all() const { return list_; }
+  DType dtype() const { return dtype_; }
+
+ private:
+  DType dtype_;
+  std::deque<Parameter> list_;  // addresses stay valid: layers keep pointers
+  std::unordered_map<std::string, Parameter*> by_name_;
+};
+
+}  // namespace deltapipe

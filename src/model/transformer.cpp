@@ -1,0 +1,58 @@
+#include "model/transformer.h"
+
+#include "kernels/embedding.h"
+#include "kernels/rms_norm.h"
+#include "model/rope.h"
+
+namespace deltapipe {
+namespace {
+
+RotaryTable make_rotary_table(const ModelSpec& spec, DType dtype, Arena& constants, const Stream& stream) {
+  RotaryTable table;
+  if (!spec.has(Mixer::rope)) return table;
+  const std::vector<double> frequencies = rope_inverse_frequencies(spec.rope, spec.head_dim);
+  table.inverse_frequencies =
+      constants.allocate(accumulation_dtype(dtype), {spec.head_dim / 2}, "rotary inverse frequencies");
+  table.attention_factor = static_cast<float>(rope_attention_factor(spec.rope));
+  if (stream.is_dry()) return table;
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    if (table.inverse_frequencies.dtype == DType::f64) {
+      table.inverse_frequencies.as<double>()[i] = frequencies[i];
+    } else {
+      table.inverse_frequencies.as<float>()[i] = static_cast<float>(frequencies[i]);
+    }
+  }
+  return table;
+}
+
+}  // namespace
+
+Transformer::Transformer(const ModelSpec& spec, ParameterTable& parameters, Arena& constants, const Stream& stream)
+    : spec_(spec),
+      dtype_(parameters.dtype()),
+      rotary_(make_rotary_table(spec, parameters.dtype(), constants, stream)),
+      embedding_(&parameters.at("model.embed_tokens.weight")),
+      norm_(&parameters.at("model.norm.weight")),
+      head_(parameters.at(spec.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")) {
+  blocks_.reserve(static_cast<std::size_t>(spec.layers()));
+  for (std::int64_t l = 0; l < spec.layers(); ++l) blocks_.emplace_back(spec_, parameters, l, &rotary_);
+}
+
+void Transformer::embed(const Context& c, const TokenBatch& batch, const Tensor& x) const {
+  kernels::embedding_forward(c.stream, batch.tokens, embedding_->value, x);
+}
+
+void Transformer::embed_backward(const Context& c, const TokenBatch& batch, const Tensor& dx) const {
+  if (const Tensor dw = embedding_->gradient()) kernels::embedding_backward(c.stream, dx, batch.tokens, dw);
+}
+
+void Transformer::final_norm(const Context& c, const Tensor& x, const Tensor& y, const Tensor& rstd) const {
+  kernels::rms_norm_forward(c.stream, x, norm_->value, static_cast<float>(spec_.norm_eps), y, rstd);
+}
+
+void Transformer::final_norm_backward(const Context& c, const Tensor& dy, const Tensor& x, const Tensor& rstd,
+                                      const Tensor& dx) const {
+  kernels::rms_norm_backward(c.stream, dy, x, norm_->value, rstd, dx, false, norm_->gradient());
+}
+
+}  // namespace deltapipe

@@ -1,0 +1,82 @@
+#include "train/optimizer.h"
+
+#include "kernels/adamw.h"
+#include "kernels/elementwise.h"
+#include "kernels/reduce.h"
+
+#include <cmath>
+#include <regex>
+
+namespace deltapipe {
+
+Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena)
+    : config_(config), parameters_(parameters) {
+  std::vector<std::regex> patterns;
+  for (const auto& g : config.groups) patterns.emplace_back(g.pattern);
+  for (Parameter& p : parameters_.all()) {
+    if (!p.gradient_memory) continue;
+    const DType dtype = p.gradient_memory.dtype;
+    State s;
+    s.parameter = &p;
+    s.exp_avg = arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
+    s.exp_avg_sq = arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
+    s.master = p.value.dtype == dtype ? p.value : arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
+    Group group;
+    group.weight_decay = p.spec.shape.rank() >= 2 ? config.weight_decay : 0.0;
+    for (std::size_t i = 0; i < patterns.size(); ++i) {
+      if (!std::regex_search(p.spec.name, patterns[i])) continue;
+      group.learning_rate_factor = config.groups[i].learning_rate_factor;
+      if (!config.groups[i].decay) group.weight_decay = 0.0;
+      break;
+    }
+    state_.push_back(s);
+    group_.push_back(group);
+  }
+  norm_ = arena.allocate(DType::f64, {1}, "gradient norm");
+}
+
+void Optimizer::reset(const Stream& stream) {
+  updates_ = 0;
+  for (const State& s : state_) {
+    kernels::fill_zero(stream, s.exp_avg);
+    kernels::fill_zero(stream, s.exp_avg_sq);
+  }
+}
+
+void Optimizer::capture_weights(const Stream& stream) {
+  for (const State& s : state_) {
+    if (s.master.data != s.parameter->value.data) kernels::copy_cast(stream, s.parameter->value, s.master);
+  }
+}
+
+Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
+  kernels::fill_zero(c.stream, norm_);
+  for (const State& s : state_) {
+    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.parameter->gradient_memory, norm_);
+  }
+  Result result;
+  result.gradient_norm = c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]);
+  if (!std::isfinite(result.gradient_norm)) return result;
+  result.applied = true;
+  ++updates_;
+  kernels::AdamWStep step;
+  step.beta1 = config_.beta1;
+  step.beta2 = config_.beta2;
+  step.epsilon = config_.epsilon;
+  step.step = updates_;
+  step.gradient_scale = config_.clip_norm > 0 && result.gradient_norm > config_.clip_norm
+                            ? config_.clip_norm / result.gradient_norm
+                            : 1.0;
+  for (std::size_t i = 0; i < state_.size(); ++i) {
+    const State& s = state_[i];
+    if (!s.parameter->trainable) continue;
+    const Shape flat{s.master.numel()};
+    step.learning_rate = learning_rate * group_[i].learning_rate_factor;
+    step.weight_decay = group_[i].weight_decay;
+    kernels::adamw(c.stream, step, s.master.view(flat), s.parameter->gradient_memory.view(flat), s.exp_avg.view(flat),
+                   s.exp_avg_sq.view(flat), s.parameter->value.view(flat));
+  }
+  return result;
+}
+
+}  // namespace deltapipe

@@ -1,0 +1,40 @@
+// A whole training run: stages one after another, with evaluation, metrics, checkpoints, signals and resume.
+#pragma once
+
+#include "checkpoints/hf_import.h"
+#include "core/config.h"
+#include "model/spec.h"
+#include "train/metrics.h"
+#include "train/trainer.h"
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace deltapipe {
+
+struct RunOptions {
+  /// "none", "auto" (the newest whole checkpoint of the run, when there is one) or a checkpoint's folder.
+  std::string resume = "none";
+  /// Allows a run folder that holds checkpoints already to be begun anew; they are removed.
+  bool restart = false;
+};
+
+/// Run folder: config.toml (resolved), metrics.jsonl, checkpoints/step-N/. Throws the typed errors of core/error.h;
+/// NumericError after optimizer.max_skipped_steps non-finite steps in a row.
+RunResult run_training(const Config& config, const RunOptions& options);
+
+/// The models that a configuration speaks of, opened but not loaded.
+struct ModelSources {
+  std::unique_ptr<HuggingFaceFolder> teacher;         // null: no teacher
+  std::unique_ptr<HuggingFaceFolder> student_folder;  // null unless student.init = "folder"
+  ModelSpec student;
+};
+ModelSources open_models(const Config& config, std::int64_t data_vocabulary);
+
+/// Fills the student's first weights, as student.init says.
+void init_student_weights(const Config& config, const ModelSources& sources, ParameterTable& parameters);
+
+}  // namespace deltapipe

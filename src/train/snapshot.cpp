@@ -1,0 +1,82 @@
+#include "train/snapshot.h"
+
+#include "core/error.h"
+#include "kernels/elementwise.h"
+
+#include <cstddef>
+
+namespace deltapipe {
+namespace {
+
+constexpr const char* master_group = "master";
+constexpr const char* frozen_group = "frozen";
+
+TensorSlice whole(const char* group, const Parameter& p, const Tensor& data) {
+  const Shape flat{data.numel()};
+  return {group, p.spec.name, p.spec.shape, 0, data.numel(), data.view(flat)};
+}
+
+void check(const CheckpointReader& reader, const char* group, const Parameter& p, const Tensor& out) {
+  for (const TensorInfo& t : reader.tensors()) {
+    if (t.group != group || t.name != p.spec.name) continue;
+    if (!(t.shape == p.spec.shape) || t.dtype != out.dtype) {
+      fail<FormatError>("checkpoint has {} {} as {} {}, this model needs {} {}", group, t.name, name_of(t.dtype),
+                        t.shape.str(), name_of(out.dtype), p.spec.shape.str());
+    }
+    return;
+  }
+  fail<FormatError>("checkpoint has no {} {}: it was written by another model or another recipe", group, p.spec.name);
+}
+
+void read_whole(CheckpointReader& reader, const char* group, const Parameter& p, const Tensor& out) {
+  check(reader, group, p, out);
+  reader.read(group, p.spec.name, 0, out.numel(), out.view({out.numel()}));
+}
+
+}  // namespace
+
+std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer) {
+  std::vector<TensorSlice> slices;
+  for (const Optimizer::State& s : optimizer.state()) {
+    slices.push_back(whole(master_group, *s.parameter, s.master));
+    slices.push_back(whole("exp_avg", *s.parameter, s.exp_avg));
+    slices.push_back(whole("exp_avg_sq", *s.parameter, s.exp_avg_sq));
+  }
+  for (const Parameter& p : parameters.all()) {
+    if (!p.gradient_memory) slices.push_back(whole(frozen_group, p, p.value));
+  }
+  return slices;
+}
+
+void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer) {
+  const Stream host = Stream::cpu();
+  for (const Optimizer::State& s : optimizer.state()) {
+    read_whole(reader, master_group, *s.parameter, s.master);
+    read_whole(reader, "exp_avg", *s.parameter, s.exp_avg);
+    read_whole(reader, "exp_avg_sq", *s.parameter, s.exp_avg_sq);
+    if (s.master.data != s.parameter->value.data) kernels::copy_cast(host, s.master, s.parameter->value);
+  }
+  for (Parameter& p : parameters.all()) {
+    if (!p.gradient_memory) read_whole(reader, frozen_group, p, p.value);
+  }
+  const auto updates = reader.state().values.find("optimizer_updates");
+  if (updates == reader.state().values.end()) fail<FormatError>("checkpoint does not say how many updates were made");
+  optimizer.set_updates(static_cast<std::int64_t>(updates->second));
+}
+
+void load_checkpoint_weights(CheckpointReader& reader, ParameterTable& parameters) {
+  std::vector<std::byte> memory;
+  for (Parameter& p : parameters.all()) {
+    const char* group = reader.contains(master_group, p.spec.name) ? master_group : frozen_group;
+    Tensor stored;
+    for (const TensorInfo& t : reader.tensors()) {
+      if (t.group == group && t.name == p.spec.name) stored = Tensor(nullptr, t.dtype, t.shape);
+    }
+    memory.resize(stored.bytes());
+    stored.data = memory.data();
+    read_whole(reader, group, p, stored);
+    kernels::copy_cast(Stream::cpu(), stored, p.value);
+  }
+}
+
+}  // namespace deltapipe
