@@ -22,7 +22,7 @@ DivergenceResult DivergenceEvaluation::run(const Context& c, const Distiller& di
   const std::int64_t windows = std::clamp<std::int64_t>(max_tokens / batch_.length(), 1, available);
   kernels::fill_zero(c.stream, sums_.values);
   for (std::int64_t w = 0; w < (c.stream.is_dry() ? 1 : windows); ++w) {
-    if (reader != nullptr) reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
+    if (!c.stream.is_dry()) reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
     distiller.evaluate(c, batch_.microbatch(0, 1), weights, sums_, activations);
   }
   DivergenceResult result;
