@@ -1,6 +1,7 @@
 #include "core/config_toml.h"
 
 #include "core/error.h"
+#include "core/toml_guard.h"
 
 #include <fmt/format.h>
 #include <toml++/toml.h>
@@ -12,11 +13,6 @@
 
 namespace deltapipe {
 namespace {
-
-// toml++ parses and frees nested tables by recursion, and bounds the depth of values but not of dotted keys: a line of
-// a hundred thousand dots would overflow the stack. 200 dots still leave room for an array of 200 numbers on one line.
-constexpr std::size_t max_dots_a_line = 200;
-constexpr std::size_t max_text_bytes = std::size_t{1} << 20;  // a run's file has a few kilobytes
 
 /// Control characters become spaces, so that an error stays one line whatever a file holds.
 std::string one_line(std::string text) {
@@ -92,26 +88,11 @@ std::string text_of_array(const std::string& element, std::size_t least_size) {
   return fmt::format("an array{}, each {}", least_size > 0 ? fmt::format(" of {} or more", least_size) : "", element);
 }
 
-/// Line and reason when toml++ must not see the text.
-std::optional<std::pair<std::size_t, std::string>> refuse_text(std::string_view text) {
-  if (text.size() > max_text_bytes) return {{1, fmt::format("{} bytes, more than {}", text.size(), max_text_bytes)}};
-  std::size_t line = 1, dots = 0;
-  for (const char c : text) {
-    if (c == '\n') {
-      ++line;
-      dots = 0;
-    } else if (c == '.' && ++dots > max_dots_a_line) {
-      return {{line, fmt::format("more than {} dots in one line", max_dots_a_line)}};
-    }
-  }
-  return std::nullopt;
-}
-
 toml::table parse_text(std::string_view text, std::string_view file_name) {
   const auto fail_line = [&](std::size_t line, std::string_view what) {
     throw ConfigError(one_line(fmt::format("{}:{}: not TOML: {}", file_name, line, what)));
   };
-  if (const auto refused = refuse_text(text)) fail_line(refused->first, refused->second);
+  if (const auto refusal = refuse_toml(text)) fail_line(refusal->line, refusal->reason);
   try {
     return toml::parse(text);
   } catch (const toml::parse_error& e) {
@@ -155,7 +136,7 @@ Overrides parse_overrides(std::span<const std::string> texts) {
               "a TOML value on one line, or a bare word of letters, digits and _-./~:+@%");
     };
     if (value.find_first_of("\r\n") != std::string::npos) refuse("line break");
-    if (const auto refused = refuse_text(value)) refuse(refused->second);
+    if (const auto refusal = refuse_toml(value)) refuse(refusal->reason);
     Override entry{text, {}};
     try {
       entry.content = toml::parse("value = " + value);

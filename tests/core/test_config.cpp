@@ -288,6 +288,7 @@ TEST(Config, RefusesContradictions) {
 TEST(Config, RefusesTextThatIsNotToml) {
   std::string deep = "a";
   for (int i = 0; i < 100'000; ++i) deep += ".a";
+  const std::string quotes = "\"\"\"";
   expect_errors({
       {"[run]\nseed = \n", "2: not TOML: "},
       {"[run\n", "1: not TOML: "},
@@ -298,6 +299,9 @@ TEST(Config, RefusesTextThatIsNotToml) {
       {std::string("[run]\nname = \"\0\"\n", 18), "2: not TOML: "},
       {"[run]\nname = " + std::string(10'000, '[') + "\n", "2: not TOML: "},
       {"[run]\n" + deep + " = 1\n", "2: not TOML: more than 200 dots in one line"},
+      {"[run]\ndir = \u00e9t\u00e9\n", "2: not TOML: a character beyond ASCII outside of strings and comments"},
+      {"[run]\n# \u00e9\ndir = " + quotes + "\u00e9'\n\"\"" + quotes + "\u00e9\n",
+       "4: not TOML: a character beyond ASCII"},
       {std::string((1u << 20) + 1, '\n'), "1: not TOML: 1048577 bytes"},
   });
 }
@@ -313,6 +317,18 @@ TEST(Config, SurvivesTheDeepestNesting) {
   }
   const std::string error = error_of(open + closed + "\n");
   EXPECT_TRUE(error.starts_with("run.toml:1: key 'a': found an unknown key")) << error;
+}
+
+// Dots and characters beyond ASCII count outside of strings and comments only.
+TEST(Config, AcceptsAnyTextInStringsAndComments) {
+  const std::string dots(1000, '.');
+  const std::string text = "\xEF\xBB\xBF# \u00e9 " + dots +
+                           " \"\n[teacher]\npath = 't' # '\u00e9\n[run]\ndir = \"\\\"\u00e9" + dots + "\" # " + dots +
+                           "\n[data]\ntrain = \"\"\"\n\"\u00e9\\\"\"\"\"\"\"\nvalidation = '''\u00e9\\'''\n";
+  const Config c = parse_config(text, "run.toml");
+  EXPECT_EQ(c.run.dir, "\"\u00e9" + dots);
+  EXPECT_EQ(c.data.train, "\"\u00e9\"\"\"");
+  EXPECT_EQ(c.data.validation, "\u00e9\\");
 }
 
 TEST(Config, OverridesReachEveryKindOfKey) {
@@ -363,6 +379,7 @@ TEST(Config, RefusesWrongOverridesByName) {
       {"run.seed=", "key 'run.seed': found no TOML value ("},
       {"run.seed=[1", "key 'run.seed': found no TOML value ("},
       {"run.name=two words", "key 'run.name': found no TOML value ("},
+      {"run.dir=\u00e9t\u00e9", "key 'run.dir': found no TOML value (a character beyond ASCII"},
       {"student.mixers=[kda]", "key 'student.mixers': found no TOML value ("},
       {"run.seed=1\nrun.name=2", "key 'run.seed': found no TOML value (line break)"},
       {"run.sede=1",
