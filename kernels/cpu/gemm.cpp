@@ -6,10 +6,39 @@
 #include <cblas.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+
+#if defined(__x86_64__)
+// OpenBLAS's choice of kernels when it is loaded, in builds that carry several sets; null in others.
+extern "C" {
+__attribute__((weak)) void gotoblas_dynamic_quit();
+__attribute__((weak)) void gotoblas_dynamic_init();
+}
+#endif
 
 namespace deltapipe::kernels::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// OpenBLAS before 0.3.25 takes Intel processors that are younger than itself for a Prescott of 2004 and runs them at a
+// fifth of their speed (its issue 4267); Debian 12 has 0.3.21. It reads OPENBLAS_CORETYPE, but only while it is loaded,
+// so the choice is made once more here: before main, since the environment must not change beside other threads.
+[[maybe_unused]] const bool kernels_fit_the_processor = [] {
+  const bool fallback = std::strcmp(openblas_get_corename(), "Prescott") == 0 && __builtin_cpu_supports("avx2") &&
+                        __builtin_cpu_supports("fma");
+  constexpr const char* variable = "OPENBLAS_CORETYPE";
+  if (!fallback || std::getenv(variable) != nullptr || !gotoblas_dynamic_quit || !gotoblas_dynamic_init) return true;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  setenv(variable, avx512 ? "SkylakeX" : "Haswell", 1);
+  gotoblas_dynamic_quit();
+  gotoblas_dynamic_init();
+  unsetenv(variable);
+  return true;
+}();
+#endif
 
 blasint narrow(std::int64_t x) {
   require(x >= 0 && x <= std::numeric_limits<blasint>::max(), "gemm: a dimension does not fit BLAS's integer");
