@@ -37,6 +37,7 @@ struct TokenDatasetWriter::Spool {
 
   template <class T>
   void write(std::span<const T> values) {
+    if (values.empty()) return;
     if (std::fwrite(values.data(), sizeof(T), values.size(), stream) != values.size()) refuse("write into");
   }
 
