@@ -1,0 +1,334 @@
+#!/usr/bin/env python3
+"""Draws a run's metrics: losses, KL, evaluation, learning rate, gradient norm, throughput, with stage boundaries.
+
+    tools/report.py RUN_DIR                  -> RUN_DIR/report.png
+    tools/report.py RUN_DIR --out loss.svg   (png, svg or pdf by suffix)
+
+Reads RUN_DIR/metrics.jsonl: one JSON object a line. A line with "eval": true is an evaluation, every other line a
+training step. Known keys go to their panels, any other numeric key gets a panel of its own. A resumed run may repeat
+steps: lines written later replace what they repeat. top1_agreement is a fraction. Needs matplotlib (3.6 or newer), no
+display. Errors are one line, exit status 1.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+# Okabe & Ito's palette: distinguishable under the common colour-vision deficiencies. Lines differ in style too.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+BLACK, GREY = "#000000", "#777777"
+
+LOSS_TERMS = {  # key: label, colour, line style
+    "loss": ("weighted total", BLACK, "-"),
+    "ce": ("cross-entropy", BLUE, "-"),
+    "kl": ("forward KL", VERMILION, "-"),
+    "reverse_kl": ("reverse KL", ORANGE, "--"),
+    "jsd": ("Jensen-Shannon", SKY, "--"),
+    "tvd": ("total variation", PURPLE, "--"),
+    "hidden_cosine": ("hidden cosine", GREEN, "-"),
+    "hidden_mse": ("hidden MSE", GREEN, ":"),
+    "mixer_mse": ("mixer MSE", PURPLE, ":"),
+}
+PLACE = {"step", "stage", "stage_step", "tokens", "seconds"}  # where a line stands, not what it measured
+OTHER_TRAIN = PLACE | {"learning_rate", "gradient_norm", "tokens_per_second", "skipped"}
+KNOWN_EVAL = PLACE | {"eval", "student_perplexity", "teacher_perplexity", "kl", "top1_agreement"}
+
+
+class ReportError(Exception):
+    """What is wrong with the input, in one line."""
+
+
+def number(value):
+    """The value as a float; NaN for null and for everything that is no number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def parse(path):
+    """-> (training records, evaluation records), each with ascending steps."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ReportError(f"{path} does not exist; give the folder of a run that has trained a step") from None
+    except UnicodeDecodeError:
+        raise ReportError(f"{path} is not UTF-8 text") from None
+    except OSError as e:
+        raise ReportError(f"cannot read {path}: {e.strerror}") from None
+    train, evaluations = [], []
+    lines = text.split("\n")
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if i == len(lines):  # no newline yet: the run is writing it, or was killed while it did
+                print(f"note: {path} line {i} is incomplete and left out", file=sys.stderr)
+                continue
+            raise ReportError(f"{path} line {i} is not JSON: {line.strip()[:60]}") from None
+        if not isinstance(record, dict):
+            raise ReportError(f"{path} line {i} is not a JSON object: {line.strip()[:60]}")
+        step = record.get("step")
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ReportError(f'{path} line {i} has no whole number "step"')
+        if record.get("eval"):
+            evaluations = [e for e in evaluations if e["step"] < step] + [record]
+        else:
+            if train and train[-1]["step"] >= step:  # resumed from an earlier checkpoint
+                train = [t for t in train if t["step"] < step]
+                evaluations = [e for e in evaluations if e["step"] <= step]
+            train.append(record)
+    if not train and not evaluations:
+        raise ReportError(f"{path} holds no metrics yet")
+    return train, evaluations
+
+
+def column(records, key):
+    return [number(r.get(key)) for r in records]
+
+
+def has(records, key):
+    return any(math.isfinite(v) for v in column(records, key))
+
+
+def stage_spans(train):
+    """[(name, first index, end index)] of consecutive records of one stage."""
+    spans = []
+    for i, record in enumerate(train):
+        name = record.get("stage")
+        if not spans or spans[-1][0] != name:
+            spans.append([name, i, i + 1])
+        spans[-1][2] = i + 1
+    return spans
+
+
+def smoothed(values, spans, window):
+    """Centred running mean over finite values; it never crosses a stage boundary."""
+    out = [math.nan] * len(values)
+    for _, begin, end in spans:
+        total, count = [0.0], [0]
+        for v in values[begin:end]:
+            finite = math.isfinite(v)
+            total.append(total[-1] + (v if finite else 0.0))
+            count.append(count[-1] + finite)
+        for i in range(end - begin):
+            low, high = max(0, i - window // 2), min(end - begin, i + window // 2 + 1)
+            if count[high] > count[low]:
+                out[begin + i] = (total[high] - total[low]) / (count[high] - count[low])
+    return out
+
+
+def skipped_steps(train):
+    """Steps that were skipped: "skipped" is true there, or, as a count, rises there."""
+    steps, before = [], 0
+    for record in train:
+        value = record.get("skipped")
+        if value is True or (number(value) > before):
+            steps.append(record["step"])
+        if math.isfinite(number(value)):
+            before = number(value)
+    return steps
+
+
+def duration(seconds):
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+class Report:
+    """The panels of one figure over a common axis of steps."""
+
+    def __init__(self, train, evaluations):
+        self.train, self.evaluations = train, evaluations
+        self.steps = [r["step"] for r in train]
+        self.spans = stage_spans(train)
+        self.window = max(1, len(train) // 60)
+        self.panels = []  # (title, axis label, draw)
+
+    def add(self, title, label, draw):
+        self.panels.append((title, label, draw))
+
+    def line(self, axes, key, label=None, color=BLUE, style="-"):
+        """A training series: as recorded in a light line, its running mean on top where there are many points."""
+        values = column(self.train, key)
+        # A single recorded point shows as a dot.
+        marker = "o" if sum(math.isfinite(v) for v in values) <= 1 else None
+        if self.window < 3:
+            axes.plot(self.steps, values, style, color=color, label=label, linewidth=1.4, marker=marker)
+            return
+        axes.plot(self.steps, values, "-", color=color, alpha=0.22, linewidth=0.7)
+        axes.plot(self.steps, smoothed(values, self.spans, self.window), style, color=color, label=label, linewidth=1.6)
+
+    def points(self, axes, key, label, color, marker, scale=1.0):
+        values = [v * scale for v in column(self.evaluations, key)]
+        axes.plot([e["step"] for e in self.evaluations], values, "-", marker=marker, color=color, label=label,
+                  linewidth=1.0, markersize=5, markeredgecolor="white", markeredgewidth=0.5)
+
+    @staticmethod
+    def scale(axes, *series):
+        """Logarithmic where positive values span more than a factor of 8."""
+        values = [v for s in series for v in s if math.isfinite(v)]
+        if values and min(values) > 0 and max(values) > 8 * min(values):
+            axes.set_yscale("log")
+
+    @staticmethod
+    def legend(axes, columns=1):
+        """At the top right, with room made for it above the curves."""
+        low, high = axes.get_ylim()
+        share = 0.3 if columns > 1 else 0.2
+        axes.set_ylim(low, high * (high / low) ** share if axes.get_yscale() == "log" else high + share * (high - low))
+        axes.legend(loc="upper right", ncols=columns)
+
+    def collect(self):
+        train, evaluations = self.train, self.evaluations
+        terms = [k for k in LOSS_TERMS if has(train, k)]
+        if terms:
+            def losses(axes):
+                for key in terms:
+                    self.line(axes, key, *LOSS_TERMS[key])
+                self.scale(axes, *(column(train, k) for k in terms))
+                self.legend(axes, 3)
+            self.add("Training loss and its terms", "nats a token (cosine, MSE: no unit)", losses)
+        if has(train, "kl") or has(evaluations, "kl"):
+            def kl(axes):
+                if has(train, "kl"):
+                    self.line(axes, "kl", "training", VERMILION)
+                if has(evaluations, "kl"):
+                    self.points(axes, "kl", "evaluation", BLACK, "D")
+                self.scale(axes, column(train, "kl"), column(evaluations, "kl"))
+                self.legend(axes)
+            self.add("KL divergence from the teacher", "KL (nats a token)", kl)
+        perplexities = [k for k in ("student_perplexity", "teacher_perplexity") if has(evaluations, k)]
+        if perplexities:
+            def perplexity(axes):
+                for key in perplexities:
+                    name = key.split("_")[0]
+                    self.points(axes, key, name, *((BLUE, "o") if name == "student" else (ORANGE, "s")))
+                self.scale(axes, *(column(evaluations, k) for k in perplexities))
+                self.legend(axes)
+            self.add("Evaluation: perplexity", "perplexity a token", perplexity)
+        if has(evaluations, "top1_agreement"):
+            self.add("Evaluation: top-1 agreement with the teacher", "agreement (% of tokens)",
+                     lambda axes: self.points(axes, "top1_agreement", None, GREEN, "o", 100.0))
+        if has(train, "learning_rate"):
+            def rate(axes):
+                axes.plot(self.steps, column(train, "learning_rate"), color=BLUE, linewidth=1.4,
+                          marker="o" if len(train) == 1 else None)
+                rates = column(train, "learning_rate")
+                self.scale(axes, rates)
+                if axes.get_yscale() == "log":
+                    # the last steps of a decay to 0 would take the whole panel
+                    axes.set_ylim(bottom=max(axes.get_ylim()[0], max(v for v in rates if math.isfinite(v)) * 1e-5))
+            self.add("Learning rate", "learning rate", rate)
+        if has(train, "gradient_norm"):
+            def norm(axes):
+                self.line(axes, "gradient_norm", "gradient norm", PURPLE)
+                self.scale(axes, column(train, "gradient_norm"))
+                skipped = skipped_steps(train)
+                if skipped:
+                    # at the panel's foot: a skipped step's norm is often not finite
+                    axes.plot(skipped, [0.03] * len(skipped), "x", color=BLACK, transform=axes.get_xaxis_transform(),
+                              label=f"skipped steps ({len(skipped)})", markersize=6, clip_on=False)
+                    self.legend(axes)
+            self.add("Gradient norm", "global L2 norm", norm)
+        if has(train, "tokens_per_second"):
+            def throughput(axes):
+                self.line(axes, "tokens_per_second", color=GREEN)
+                axes.set_ylim(bottom=0)
+            self.add("Throughput", "tokens/s", throughput)
+        keys = dict.fromkeys(k for r in train for k in r)
+        for key in keys:
+            if key not in LOSS_TERMS and key not in OTHER_TRAIN and has(train, key):
+                self.add(key.replace("_", " "), key, lambda axes, key=key: self.line(axes, key))
+        keys = dict.fromkeys(k for r in evaluations for k in r)
+        for key in keys:
+            if key not in KNOWN_EVAL and has(evaluations, key):
+                self.add("Evaluation: " + key.replace("_", " "), key,
+                         lambda axes, key=key: self.points(axes, key, None, BLUE, "o"))
+        if not self.panels:
+            raise ReportError("the metrics hold no finite number to draw")
+
+    def summary(self):
+        parts = []
+        if self.train:
+            last = self.train[-1]
+            parts.append(f"{len(self.train):,} steps to step {last['step']:,}")
+            tokens = number(last.get("tokens"))
+            if math.isfinite(tokens):
+                parts.append(f"{tokens:,.0f} tokens")
+            seconds = number(last.get("seconds"))
+            if math.isfinite(seconds):
+                parts.append(duration(seconds))
+            for key, name in (("loss", "last loss"), ("kl", "last KL")):
+                if math.isfinite(number(last.get(key))):
+                    parts.append(f"{name} {number(last[key]):.4g}")
+        if self.evaluations:
+            parts.append(f"{len(self.evaluations)} evaluations")
+        return ", ".join(parts)
+
+    def draw(self, plt, title):
+        self.collect()
+        columns = 1 if len(self.panels) == 1 else 2
+        rows = -(-len(self.panels) // columns)
+        figure, grid = plt.subplots(rows, columns, figsize=(6.6 * columns, 2.9 * rows + 0.7), squeeze=False,
+                                    sharex=True, layout="constrained")
+        cells = list(grid.flat)
+        for axes, (name, label, draw) in zip(cells, self.panels):
+            draw(axes)
+            axes.set_title(name, loc="left", fontweight="bold", pad=16 if len(self.spans) > 1 else 6)
+            axes.set_ylabel(label)
+            axes.grid(True, color="#dddddd", linewidth=0.6)
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("step")
+            axes.spines[["top", "right"]].set_visible(False)
+            for before, here in zip(self.spans, self.spans[1:]):
+                axes.axvline((self.steps[before[2] - 1] + self.steps[here[1]]) / 2, color=GREY, linestyle=(0, (4, 3)),
+                             linewidth=0.9)
+            if len(self.spans) > 1:
+                for stage, begin, _ in self.spans:
+                    name = stage if isinstance(stage, str) else f"stage {stage}"
+                    axes.annotate(name, (self.steps[begin], 1.01), xycoords=("data", "axes fraction"), va="bottom",
+                                  color=GREY, fontsize=8)
+        for axes in cells[len(self.panels):]:
+            axes.set_visible(False)
+        figure.suptitle(f"{title}\n{self.summary()}", fontsize=11)
+        return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the metrics of a run.")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl")
+    parser.add_argument("--out", type=Path, help="picture to write: .png, .svg or .pdf (default: RUN_DIR/report.png)")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.run / "report.png"
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ReportError(f"--out {out}: the suffix must be .png, .svg or .pdf")
+    if not arguments.run.is_dir():
+        raise ReportError(f"{arguments.run} is not a folder; give the folder of a run, which holds metrics.jsonl")
+    train, evaluations = parse(arguments.run / "metrics.jsonl")
+    try:
+        import matplotlib
+    except ImportError:
+        raise ReportError("matplotlib is missing: apt-get install python3-matplotlib or pip install it") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "legend.framealpha": 0.85})
+    figure = Report(train, evaluations).draw(plt, arguments.run.resolve().name)
+    # Under another name first: a reader never sees half a picture.
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        figure.savefig(partial, format=out.suffix[1:].lower(), dpi=130)
+        os.replace(partial, out)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise ReportError(f"cannot write {out}: {e.strerror}") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ReportError as e:
+        sys.exit(f"error: {e}")
