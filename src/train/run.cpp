@@ -290,6 +290,12 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 RunResult run_training(const Config& config, const RunOptions& options) {
   if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
+  if (config.optimizer.state != StateDType::float32) {
+    fail<ConfigError>("optimizer.state \"bfloat16\" needs run.device = \"cuda\"");
+  }
+  if (config.memory.optimizer != OptimizerPlace::device) {
+    fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
+  }
   set_num_threads(static_cast<int>(config.run.threads));
   install_stop_signals();
   return TrainingRun(config, options).run();
