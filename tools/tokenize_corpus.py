@@ -243,7 +243,8 @@ class DatasetWriter:
 
         temporary = self.out.with_name(f".{self.out.name}.tmp.{os.getpid()}")
         try:
-            with h5py.File(temporary, "w") as file:
+            # A format that HDF5 1.10 reads and that checksums its metadata, which the oldest does not.
+            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
                 for name, value in attributes.items():
                     file.attrs[name] = value
                 self.copy(self.token_spool, file.create_dataset("tokens", (self.tokens,), "<u4"))

@@ -64,6 +64,7 @@ TEST(TokenDataset, RefusesPlacesOutside) {
 
 TEST(TokenDataset, ReadsFilesOfOtherWriters) {  // through h5py: another string type, another placement
   const TokenDataset dataset(DELTAPIPE_GOLDEN_DIR "/tokens.h5");
+  EXPECT_TRUE(dataset.is_mapped());
   EXPECT_EQ(testing::read_documents(dataset), (Documents{{0, 2, 3, 1}, {0, 4, 1}, {0, 3, 3, 2, 1}}));
   EXPECT_EQ(dataset.info().tokenizer, "colours");
   EXPECT_EQ(dataset.tokenizer_hash().size(), 16u);
@@ -207,27 +208,37 @@ TEST(TokenDataset, RefusesForeignAndTruncatedFiles) {
   }
 }
 
-TEST(TokenDataset, SurvivesDamagedBytes) {  // any content: read, or refused with a FormatError
+TEST(TokenDataset, SurvivesDamagedContent) {  // tokens and offsets of any value: read, or refused with a FormatError
   const TemporaryFolder folder;
-  testing::write_dataset(folder / "whole.h5", tiny, testing::random_documents(4, 20, 100, 50));
-  const std::string whole = read_file(folder / "whole.h5");
+  const auto path = folder / "a.h5";
+  testing::write_dataset(path, tiny, testing::random_documents(4, 20, 100, 50));
+  const std::string whole = read_file(path);
+  std::uint64_t token_begin = 0, offset_begin = 0, tokens = 0;
+  {
+    const hdf5::File file = hdf5::File::open(path);
+    token_begin = file.dataset("/tokens").file_offset().value();
+    offset_begin = file.dataset("/document_offsets").file_offset().value();
+    tokens = static_cast<std::uint64_t>(file.dataset("/tokens").numel());
+  }
   RandomStream random(5, "damage");
-  int refused = 0;
-  for (int i = 0; i < 400; ++i) {
+  int token_errors = 0, offset_errors = 0;
+  for (int i = 0; i < 300; ++i) {
     std::string bytes = whole;
-    // Half of the damage goes to the first bytes, where the file's structure is.
-    const std::size_t region = i % 2 == 0 ? bytes.size() : std::min<std::size_t>(bytes.size(), 2048);
-    for (int k = 0; k < 4; ++k) bytes[random.next_below(region)] = static_cast<char>(random.next_below(256));
-    const auto path = testing::write_text(folder / "damaged.h5", bytes);
+    const bool in_tokens = i % 2 == 0;
+    const std::uint64_t at = in_tokens ? token_begin + random.next_below(tokens * sizeof(std::uint32_t))
+                                       : offset_begin + random.next_below(21 * sizeof(std::uint64_t));
+    bytes[at] = static_cast<char>(bytes[at] ^ static_cast<char>(1 << random.next_below(8)));
+    testing::write_text(path, bytes);
     try {
       testing::read_documents(TokenDataset(path));
-    } catch (const FormatError&) {
-      ++refused;
-    } catch (const IoError&) {
-      ++refused;  // sizes so large that the library reports a failed seek
+    } catch (const FormatError& e) {
+      EXPECT_MENTIONS(e.what(), in_tokens ? "/tokens[" : "/document_offsets");
+      ++(in_tokens ? token_errors : offset_errors);
     }
   }
-  EXPECT_GT(refused, 50);
+  // A flipped bit takes a token beyond 50 of 2^32 ids, or an offset past its neighbours, more often than not.
+  EXPECT_GT(token_errors, 75);
+  EXPECT_GT(offset_errors, 75);
 }
 
 TEST(TokenDatasetWriter, JoinsPartsOfADocument) {
@@ -292,10 +303,13 @@ TEST(TokenDatasetWriter, FullDiskLeavesNothing) {
   EXPECT_MENTIONS(message, "File too large");
   EXPECT_TRUE(folder.names().empty());
 
-  // Room for nothing; for the waiting tokens alone, while the file holds a little more; for the file but its last page.
+  // Room for nothing; for the waiting tokens alone, while the file holds a little more; for the file but its last byte.
   const std::uint64_t bytes = (document.size() + 300'000) * sizeof(std::uint32_t);
+  testing::write_dataset(folder / "a.h5", tiny, {document, std::vector<std::uint32_t>(300'000, 8)});
+  const std::uint64_t whole = std::filesystem::file_size(folder / "a.h5");
+  std::filesystem::remove(folder / "a.h5");
   for (const auto& [room, place] :
-       {std::pair{std::uint64_t{0}, "folder"}, std::pair{bytes, ".h5.tmp"}, std::pair{bytes + 4096, ".h5.tmp"}}) {
+       {std::pair{std::uint64_t{0}, "folder"}, std::pair{bytes, ".h5.tmp"}, std::pair{whole - 1, ".h5.tmp"}}) {
     {
       TokenDatasetWriter writer(folder / "a.h5", tiny);
       writer.append(document);
