@@ -8,8 +8,6 @@
 namespace deltapipe {
 namespace {
 
-constexpr std::uint64_t max_vocabulary = std::uint64_t{1} << 31;  // the loader's ids are int32
-
 std::uint64_t load_u64(std::span<const std::byte> bytes, std::uint64_t i) {
   std::uint64_t value;
   std::memcpy(&value, bytes.data() + i * sizeof value, sizeof value);
@@ -65,9 +63,9 @@ void TokenDataset::read_info(const hdf5::File& file) {
   info_.tokenizer = file.attribute<std::string>("/", "tokenizer");
   info_.tokenizer_hash = file.attribute<std::string>("/", "tokenizer_hash");
   info_.vocabulary = file.attribute<std::uint64_t>("/", "vocabulary");
-  if (info_.vocabulary == 0 || info_.vocabulary > max_vocabulary) {
+  if (info_.vocabulary == 0 || info_.vocabulary > TokenDatasetInfo::max_vocabulary) {
     fail<FormatError>("{}: attribute \"vocabulary\" is {}, expected 1 to {}", name_of_object("/"), info_.vocabulary,
-                      max_vocabulary);
+                      TokenDatasetInfo::max_vocabulary);
   }
   const auto special = [&](const char* name) {
     const auto id = file.attribute<std::int64_t>("/", name);

@@ -24,9 +24,10 @@
 namespace deltapipe {
 
 struct TokenDatasetInfo {
-  std::string tokenizer;         // a name for people
+  static constexpr std::uint64_t max_vocabulary = std::uint64_t{1} << 31;  // the loader's ids are int32
+  std::string tokenizer;                                                   // a name for people
   std::string tokenizer_hash;    // hash_file_hex of tokenizer.json, or byte_vocabulary::tokenizer_hash()
-  std::uint64_t vocabulary = 0;  // ids are below it; at most 2^31
+  std::uint64_t vocabulary = 0;  // ids are below it; 1 to max_vocabulary
   std::int64_t bos = -1;         // -1: none
   std::int64_t eos = -1;
 };

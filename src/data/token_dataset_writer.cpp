@@ -75,7 +75,8 @@ TokenDatasetWriter::TokenDatasetWriter(const fs::path& path, const TokenDatasetI
       token_spool_(std::make_unique<Spool>(folder_of(path))),
       offset_spool_(std::make_unique<Spool>(folder_of(path))) {
   const auto limit = static_cast<std::int64_t>(info.vocabulary);
-  require(limit > 0 && limit <= (std::int64_t{1} << 31), "TokenDatasetWriter: impossible vocabulary");
+  require(info.vocabulary > 0 && info.vocabulary <= TokenDatasetInfo::max_vocabulary,
+          "TokenDatasetWriter: impossible vocabulary");
   require(info.bos >= -1 && info.bos < limit && info.eos >= -1 && info.eos < limit,
           "TokenDatasetWriter: bos or eos outside the vocabulary");
   if (fs::is_directory(path)) fail<IoError>("cannot write {}: it is a folder", path.string());

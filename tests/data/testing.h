@@ -73,6 +73,6 @@ std::string error_of(const F& f) {
 }
 
 #define EXPECT_MENTIONS(text, word) \
-  EXPECT_NE(std::string(text).find(word), std::string::npos) << "\"" << text << "\" lacks \"" << word << "\""
+  EXPECT_NE(std::string(text).find((word)), std::string::npos) << "\"" << (text) << "\" lacks \"" << (word) << "\""
 
 }  // namespace deltapipe::testing
