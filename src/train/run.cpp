@@ -6,6 +6,7 @@
 #include "core/file.h"
 #include "core/log.h"
 #include "core/parallel.h"
+#include "core/random.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
 #include "train/metrics.h"
@@ -71,6 +72,11 @@ std::optional<fs::path> checkpoint_to_resume(const RunOptions& options, const fs
   return std::nullopt;
 }
 
+/// Every stage reads the text in an order of its own.
+std::uint64_t order_seed(const Config& config, const StageConfig& stage) {
+  return RandomStream(static_cast<std::uint64_t>(config.run.seed), "data order " + stage.name).bits(0);
+}
+
 std::uint64_t total_tokens(const Config& config) {
   std::int64_t n = 0;
   for (const StageConfig& s : config.stages) n += stage_steps(s) * s.batch_sequences * s.sequence_length;
@@ -117,8 +123,7 @@ class TrainingRun {
       validation_.emplace(*validation_data_, plan_.evaluation_length(), config.data.isolate_documents);
     }
     for (const StageConfig& s : config.stages) {
-      loaders_.emplace_back(train_data_, s.sequence_length, static_cast<std::uint64_t>(config.run.seed),
-                            config.data.isolate_documents);
+      loaders_.emplace_back(train_data_, s.sequence_length, order_seed(config, s), config.data.isolate_documents);
     }
   }
 
