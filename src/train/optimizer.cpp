@@ -4,13 +4,16 @@
 #include "kernels/elementwise.h"
 #include "kernels/reduce.h"
 
+#include <algorithm>
 #include <cmath>
 #include <regex>
 
 namespace deltapipe {
 
-Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena)
+Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena, Shard shard)
     : config_(config), parameters_(parameters) {
+  const std::int64_t shard_size = parameters.flat_gradients() ? parameters.flat_gradients().numel() / shard.count : 0;
+  const std::int64_t shard_begin = shard_size * shard.index;
   std::vector<std::regex> patterns;
   for (const auto& g : config.groups) patterns.emplace_back(g.pattern);
   for (Parameter& p : parameters_.all()) {
@@ -18,9 +21,13 @@ Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, 
     const DType dtype = p.gradient_memory.dtype;
     State s;
     s.parameter = &p;
-    s.exp_avg = arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
-    s.exp_avg_sq = arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
-    s.master = p.value.dtype == dtype ? p.value : arena.allocate(dtype, p.spec.shape, p.spec.name.c_str());
+    s.begin = std::max<std::int64_t>(shard_begin - p.gradient_offset, 0);
+    s.end = std::min(shard_begin + shard_size - p.gradient_offset, p.gradient_memory.numel());
+    if (s.begin >= s.end) continue;
+    const Shape shape{s.end - s.begin};
+    s.exp_avg = arena.allocate(dtype, shape, p.spec.name.c_str());
+    s.exp_avg_sq = arena.allocate(dtype, shape, p.spec.name.c_str());
+    s.master = p.value.dtype == dtype ? s.value() : arena.allocate(dtype, shape, p.spec.name.c_str());
     Group group;
     group.weight_decay = p.spec.shape.rank() >= 2 ? config.weight_decay : 0.0;
     for (std::size_t i = 0; i < patterns.size(); ++i) {
@@ -45,14 +52,14 @@ void Optimizer::reset(const Stream& stream) {
 
 void Optimizer::capture_weights(const Stream& stream) {
   for (const State& s : state_) {
-    if (s.master.data != s.parameter->value.data) kernels::copy_cast(stream, s.parameter->value, s.master);
+    if (s.master.data != s.value().data) kernels::copy_cast(stream, s.value(), s.master);
   }
 }
 
 Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
   kernels::fill_zero(c.stream, norm_);
   for (const State& s : state_) {
-    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.parameter->gradient_memory, norm_);
+    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.gradient(), norm_);
   }
   Result result;
   result.gradient_norm = c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]);
@@ -70,11 +77,9 @@ Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
   for (std::size_t i = 0; i < state_.size(); ++i) {
     const State& s = state_[i];
     if (!s.parameter->trainable) continue;
-    const Shape flat{s.master.numel()};
     step.learning_rate = learning_rate * group_[i].learning_rate_factor;
     step.weight_decay = group_[i].weight_decay;
-    kernels::adamw(c.stream, step, s.master.view(flat), s.parameter->gradient_memory.view(flat), s.exp_avg.view(flat),
-                   s.exp_avg_sq.view(flat), s.parameter->value.view(flat));
+    kernels::adamw(c.stream, step, s.master, s.gradient(), s.exp_avg, s.exp_avg_sq, s.value());
   }
   return result;
 }

@@ -16,13 +16,21 @@ namespace deltapipe {
 
 class Optimizer {
  public:
-  /// Takes both moments (and, where weights are not in the accumulation dtype, master weights) from `arena` for every
-  /// parameter that has gradient memory.
+  /// Part `index` of `count` of the flat gradients: the optimizer's shard (ZeRO-1).
+  struct Shard {
+    int index = 0;
+    int count = 1;
+  };
+
+  /// Takes both moments (and, where weights are not in the accumulation dtype, master weights) from `arena` for what of
+  /// every parameter with gradient memory lies in `shard`.
   ///
   /// Decoupled weight decay acts on tensors of two and more dimensions; vectors (norms, biases, A_log, dt_bias) are
   /// never decayed. The first [[optimizer.group]] whose pattern is found in a name sets its learning-rate factor and
   /// may switch its decay off.
-  Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena);
+  Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena, Shard shard);
+  Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena)
+      : Optimizer(config, parameters, arena, Shard()) {}
 
   /// Zero moments and step count: every stage starts its own optimization.
   void reset(const Stream& stream);
@@ -40,10 +48,17 @@ class Optimizer {
   std::int64_t updates() const { return updates_; }
   void set_updates(std::int64_t n) { updates_ = n; }
 
-  /// Named state tensors: what a checkpoint holds.
+  /// What a checkpoint holds of one parameter: elements [begin, end) of its flat values, those of this rank's shard.
   struct State {
-    const Parameter* parameter;
-    Tensor master, exp_avg, exp_avg_sq;
+    Parameter* parameter;
+    std::int64_t begin, end;
+    Tensor master, exp_avg, exp_avg_sq;  // [end - begin]; master is the weight itself where dtypes agree
+    Tensor gradient() const { return flat(parameter->gradient_memory); }
+    Tensor value() const { return flat(parameter->value); }
+
+   private:
+    Tensor flat(const Tensor& t) const { return t.view({t.numel()}).rows(begin, end); }
+    friend class Optimizer;
   };
   std::span<const State> state() const { return state_; }
 

@@ -11,26 +11,27 @@ namespace {
 constexpr const char* master_group = "master";
 constexpr const char* frozen_group = "frozen";
 
-TensorSlice whole(const char* group, const Parameter& p, const Tensor& data) {
-  const Shape flat{data.numel()};
-  return {group, p.spec.name, p.spec.shape, 0, data.numel(), data.view(flat)};
-}
-
-void check(const CheckpointReader& reader, const char* group, const Parameter& p, const Tensor& out) {
+void check(const CheckpointReader& reader, const char* group, const Parameter& p, DType dtype) {
   for (const TensorInfo& t : reader.tensors()) {
     if (t.group != group || t.name != p.spec.name) continue;
-    if (!(t.shape == p.spec.shape) || t.dtype != out.dtype) {
+    if (!(t.shape == p.spec.shape) || t.dtype != dtype) {
       fail<FormatError>("checkpoint has {} {} as {} {}, this model needs {} {}", group, t.name, name_of(t.dtype),
-                        t.shape.str(), name_of(out.dtype), p.spec.shape.str());
+                        t.shape.str(), name_of(dtype), p.spec.shape.str());
     }
     return;
   }
   fail<FormatError>("checkpoint has no {} {}: it was written by another model or another recipe", group, p.spec.name);
 }
 
+/// Elements [begin, end) of a parameter's flat values.
+void read(CheckpointReader& reader, const char* group, const Parameter& p, std::int64_t begin, std::int64_t end,
+          const Tensor& out) {
+  check(reader, group, p, out.dtype);
+  reader.read(group, p.spec.name, begin, end, out);
+}
+
 void read_whole(CheckpointReader& reader, const char* group, const Parameter& p, const Tensor& out) {
-  check(reader, group, p, out);
-  reader.read(group, p.spec.name, 0, out.numel(), out.view({out.numel()}));
+  read(reader, group, p, 0, out.numel(), out.view({out.numel()}));
 }
 
 }  // namespace
@@ -38,12 +39,14 @@ void read_whole(CheckpointReader& reader, const char* group, const Parameter& p,
 std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer) {
   std::vector<TensorSlice> slices;
   for (const Optimizer::State& s : optimizer.state()) {
-    slices.push_back(whole(master_group, *s.parameter, s.master));
-    slices.push_back(whole("exp_avg", *s.parameter, s.exp_avg));
-    slices.push_back(whole("exp_avg_sq", *s.parameter, s.exp_avg_sq));
+    const ParameterSpec& p = s.parameter->spec;
+    slices.push_back({master_group, p.name, p.shape, s.begin, s.end, s.master});
+    slices.push_back({"exp_avg", p.name, p.shape, s.begin, s.end, s.exp_avg});
+    slices.push_back({"exp_avg_sq", p.name, p.shape, s.begin, s.end, s.exp_avg_sq});
   }
   for (const Parameter& p : parameters.all()) {
-    if (!p.gradient_memory) slices.push_back(whole(frozen_group, p, p.value));
+    if (p.gradient_memory) continue;
+    slices.push_back({frozen_group, p.spec.name, p.spec.shape, 0, p.value.numel(), p.value.view({p.value.numel()})});
   }
   return slices;
 }
@@ -51,10 +54,10 @@ std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const
 void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer) {
   const Stream host = Stream::cpu();
   for (const Optimizer::State& s : optimizer.state()) {
-    read_whole(reader, master_group, *s.parameter, s.master);
-    read_whole(reader, "exp_avg", *s.parameter, s.exp_avg);
-    read_whole(reader, "exp_avg_sq", *s.parameter, s.exp_avg_sq);
-    if (s.master.data != s.parameter->value.data) kernels::copy_cast(host, s.master, s.parameter->value);
+    read(reader, master_group, *s.parameter, s.begin, s.end, s.master);
+    read(reader, "exp_avg", *s.parameter, s.begin, s.end, s.exp_avg);
+    read(reader, "exp_avg_sq", *s.parameter, s.begin, s.end, s.exp_avg_sq);
+    if (s.master.data != s.value().data) kernels::copy_cast(host, s.master, s.value());
   }
   for (Parameter& p : parameters.all()) {
     if (!p.gradient_memory) read_whole(reader, frozen_group, p, p.value);
