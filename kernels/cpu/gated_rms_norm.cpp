@@ -52,10 +52,12 @@ void gated_rms_norm_backward(const Stream&, const Tensor& dy, const Tensor& x, c
       for (std::int64_t t = task * block; t < end; ++t) {
         const T *g = pdy + t * v, *row = px + t * v, *z = pg + t * v;
         const T r = pr[t];
+        // A loop of its own: with the sums in it the compiler does not vectorise exp.
+#pragma omp simd
+        for (std::int64_t i = 0; i < v; ++i) sig[i] = vsigmoid(z[i]);
         T mean = 0;
 #pragma omp simd reduction(+ : mean)
         for (std::int64_t i = 0; i < v; ++i) {
-          sig[i] = vsigmoid(z[i]);
           const T weighted = g[i] * row[i] * r * sig[i];
           sums[i] += weighted;
           mean += weighted * pw[i];

@@ -43,7 +43,10 @@ struct Gate {
       }
     } else {
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) g[i] = bound * vsigmoid(rate * (f[i] + dt_bias[i]));
+      for (std::int64_t i = 0; i < n; ++i) g[i] = rate * (f[i] + dt_bias[i]);
+        // Only a loop of its own is vectorised.
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) g[i] = bound * vsigmoid(g[i]);
     }
   }
 

@@ -13,7 +13,8 @@ namespace deltapipe::kernels::cpu {
 /// r^8 / 8! is under 6e-9.
 inline float vexp(float x) {
   constexpr float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float clamped = x > 88.72f ? 88.72f : (x < -87.33f ? -87.33f : x);
+  // At 89, n is 128 and p > 1: the product below overflows to +inf by itself. NaN passes both comparisons.
+  const float clamped = x > 89.0f ? 89.0f : (x < -87.33f ? -87.33f : x);
   const float n = (clamped * 1.44269504f + shifter) - shifter;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 = 0.693359375 - 2.12194440e-4
   float p = 1.0f / 5040.0f;
@@ -28,9 +29,7 @@ inline float vexp(float x) {
   const auto e = static_cast<std::int32_t>(n);
   const std::int32_t half = e >> 1;
   const float y = p * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((e - half + 127) << 23);
-  const float low = x < -87.33f ? 0.0f : y;
-  const float high = x > 88.72f ? INFINITY : low;
-  return x != x ? x : high;
+  return x < -87.33f ? 0.0f : y;
 }
 inline double vexp(double x) { return std::exp(x); }
 

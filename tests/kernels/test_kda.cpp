@@ -71,6 +71,14 @@ TEST(Kda, ChunkedEqualsRecurrenceForAnyHeadSize) {
   }
 }
 
+TEST(Kda, ManyHeadsRunHeadByHead) {
+  RandomStream r(testing::test_seed(), "data");
+  auto c = random_case(r, {9, 100, 5, 12, 9});  // 45 heads: more than the lanes, and no multiple of them
+  c.pack(4, {-1, 40, 70});
+  expect_forward<double>(c, double_tolerance, "45 heads");
+  expect_forward<float>(c, float_tolerance, "45 heads");
+}
+
 TEST(Kda, WithoutIncomingStateItIsZero) {
   RandomStream r(testing::test_seed(), "data");
   auto c = random_case(r, {2, 70, 2, 8, 8});

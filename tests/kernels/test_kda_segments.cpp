@@ -193,13 +193,22 @@ TEST(KdaSegments, AnySplitEqualsTheWhole) {
 
 TEST(KdaSegments, FloatMapsKeepFloatAccuracy) {
   RandomStream r(testing::test_seed(), "data");
-  const auto c = testing::random_case(r, {2, 200, 2, 32, 32}, {.f_mean = -4.0});
-  const auto f = c.cast<float>();
-  Owned<float> m({2, 2, 32, 32}), e({2, 2, 32, 32}), state(f.state_in.shape());
-  testing::with_workspace(
-      [&](const Stream& stream, Arena& workspace) { kernels::kda_segment_map(stream, f.inputs(), m, e, workspace); });
-  kernels::kda_apply_map(Stream::cpu(), m, false, f.state_in, e, state);
-  EXPECT_LT(relative_rms(state, testing::recurrence(c).state_out), 1e-5);  // a hundred roundings of 6e-8 or so
+  for (const KdaShape& n : {KdaShape{2, 200, 2, 32, 32}, {6, 70, 3, 32, 32}}) {  // chunk by chunk, and head by head
+    const auto c = testing::random_case(r, n, {.f_mean = -4.0});
+    const auto f = c.cast<float>();
+    Owned<float> m({n.segments, n.heads, n.k, n.k}), e(f.state_in.shape()), own(f.state_in.shape());
+    Owned<float> state(f.state_in.shape()), dstate(f.state_in.shape());
+    testing::with_workspace(
+        [&](const Stream& stream, Arena& workspace) { kernels::kda_segment_map(stream, f.inputs(), m, e, workspace); });
+    testing::with_workspace([&](const Stream& stream, Arena& workspace) {
+      kernels::kda_backward_map(stream, f.inputs(), f.d_o, own, workspace);
+    });
+    kernels::kda_apply_map(Stream::cpu(), m, false, f.state_in, e, state);
+    kernels::kda_apply_map(Stream::cpu(), m, true, f.dstate_out, own, dstate);
+    // A hundred roundings of 6e-8 or so.
+    EXPECT_LT(relative_rms(state, testing::recurrence(c).state_out), 1e-5);
+    EXPECT_LT(relative_rms(dstate, testing::run_backward(c).dstate_in), 1e-5);
+  }
 }
 
 }  // namespace
