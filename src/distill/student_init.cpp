@@ -137,6 +137,7 @@ ModelSpec make_student_spec(const StudentConfig& config, const ModelSpec* teache
   s.kda.conv_width = config.kda.conv_width;
   s.kda.gate_rank = config.kda.gate_rank != 0 ? config.kda.gate_rank : s.kda.head_dim;
   s.kda.gate_lower_bound = config.kda.gate_lower_bound;
+  if (!s.has(Mixer::rope)) s.rope = RopeSpec();  // nothing rotates: the teacher's settings would only mislead
   s.validate();
   return s;
 }
