@@ -12,54 +12,68 @@ Tensor slice(const LossSums& sums, int begin, int end) { return sums.values.rows
 
 }  // namespace
 
-void Distiller::forward_teacher(const Context& c, const Objective& objective, MicrobatchState& state,
-                                Arena& activations) const {
-  require(teacher_ != nullptr, "forward_teacher: no teacher");
+void Distiller::begin_teacher(const Objective& objective, MicrobatchState& state, Arena& activations) const {
+  require(teacher_ != nullptr, "begin_teacher: no teacher");
+  const LayerRange& range = teacher_->range();
   const Shape shape{state.batch.size(), teacher_->spec().hidden};
-  state.teacher_hidden.assign(static_cast<std::size_t>(teacher_->layers()), Tensor());
+  state.teacher_hidden.assign(static_cast<std::size_t>(range.size()), Tensor());
   for (const auto& [s, t] : objective.hidden_layers) {
-    Tensor& kept = state.teacher_hidden[static_cast<std::size_t>(t)];
+    if (t < range.first || t >= range.last) continue;
+    Tensor& kept = state.teacher_hidden[static_cast<std::size_t>(t - range.first)];
     if (!kept) kept = activations.allocate(teacher_->dtype(), shape, "teacher hidden state");
   }
-  state.teacher_final = activations.allocate(teacher_->dtype(), shape, "teacher final hidden state");
-  const Tensor& x = state.teacher_final;
-  teacher_->embed(c, state.batch, x);
+  state.teacher = activations.allocate(teacher_->dtype(), shape, "teacher hidden state in motion");
+}
+
+void Distiller::forward_teacher(const Context& c, MicrobatchState& state) const {
+  const Tensor& x = state.teacher;
+  if (teacher_->has_embedding()) teacher_->embed(c, state.batch, x);
   teacher_->run_blocks(c, state.batch, x, [&](std::int64_t l, const Tensor& h) {
-    if (const Tensor& kept = state.teacher_hidden[static_cast<std::size_t>(l)]) {
+    if (const Tensor& kept = state.teacher_hidden[static_cast<std::size_t>(l - teacher_->range().first)]) {
       kernels::copy_cast(c.stream, h, kept);
     }
   });
+  if (!teacher_->has_head()) return;
   const auto scope = c.workspace.scope();
   const Tensor rstd = c.workspace.allocate(accumulation_dtype(x.dtype), {x.dim(0)}, "teacher final norm rstd");
   teacher_->final_norm(c, x, x, rstd);
 }
 
-void Distiller::forward_student(const Context& c, MicrobatchState& state, Arena& activations, bool keep) const {
+void Distiller::begin_student(MicrobatchState& state, Arena& activations, bool keep) const {
   const Shape shape{state.batch.size(), student_.spec().hidden};
-  const auto layers = static_cast<std::size_t>(student_.layers());
+  const auto layers = static_cast<std::size_t>(student_.range().size());
   state.hidden.assign(layers + 1, Tensor());
-  state.hidden[0] = activations.allocate(student_.dtype(), shape, "student hidden state");
-  student_.embed(c, state.batch, state.hidden[0]);
+  for (std::size_t i = 0; i <= layers; ++i) {
+    state.hidden[i] =
+        i == 0 || keep ? activations.allocate(student_.dtype(), shape, "student hidden state") : state.hidden[0];
+  }
+}
+
+void Distiller::forward_student(const Context& c, MicrobatchState& state, Arena& activations, bool keep) const {
+  if (student_.has_embedding()) student_.embed(c, state.batch, state.hidden[0]);
   if (!keep) {
     student_.run_blocks(c, state.batch, state.hidden[0], [](std::int64_t, const Tensor&) {});
-    state.hidden[layers] = state.hidden[0];
     return;
   }
+  const auto layers = static_cast<std::size_t>(student_.range().size());
   state.saved.assign(layers, {});
-  for (std::size_t l = 0; l < layers; ++l) {
+  for (std::size_t i = 0; i < layers; ++i) {
     const auto scope = c.workspace.scope();
-    state.hidden[l + 1] = activations.allocate(student_.dtype(), shape, "student hidden state");
-    student_.block(static_cast<std::int64_t>(l))
-        .forward(c, state.batch, state.hidden[l], state.hidden[l + 1], state.saved[l],
+    student_.block(student_.range().first + static_cast<std::int64_t>(i))
+        .forward(c, state.batch, state.hidden[i], state.hidden[i + 1], state.saved[i],
                  recompute_ ? c.workspace : activations);
   }
 }
 
+void Distiller::begin_backward(MicrobatchState& state, Arena& activations) const {
+  state.gradient =
+      activations.allocate(student_.dtype(), {state.batch.size(), student_.spec().hidden}, "hidden state gradient");
+}
+
 void Distiller::head(const Context& c, const kernels::DistillWeights& weights, double token_weight, bool train,
-                     const LossSums& sums, MicrobatchState& state, Arena& activations) const {
+                     const LossSums& sums, MicrobatchState& state) const {
   const Tensor& x = state.hidden.back();
   const std::int64_t tokens = x.dim(0), vocabulary = student_.spec().vocabulary;
-  if (train) state.gradient = activations.allocate(x.dtype, x.shape, "hidden state gradient");
   const auto scope = c.workspace.scope();
   const Tensor y = c.workspace.allocate(x.dtype, x.shape, "student final hidden state");
   const Tensor rstd = c.workspace.allocate(accumulation_dtype(x.dtype), {tokens}, "final norm rstd");
@@ -68,15 +82,15 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
   const std::int64_t rows = std::min(loss_block_tokens_, tokens);
   const Tensor student_logits = c.workspace.allocate(x.dtype, {rows, vocabulary}, "student logits");
   const Tensor teacher_logits =
-      state.teacher_final ? c.workspace.allocate(x.dtype, {rows, vocabulary}, "teacher logits") : Tensor();
+      state.teacher ? c.workspace.allocate(x.dtype, {rows, vocabulary}, "teacher logits") : Tensor();
   for (std::int64_t t = 0; t < tokens; t += rows) {
     const std::int64_t end = std::min(t + rows, tokens);
     const Tensor zs = student_logits.rows(0, end - t);
     student_.head().forward(c, y.rows(t, end), zs);
     Tensor zt;
-    if (state.teacher_final) {
+    if (state.teacher) {
       zt = teacher_logits.rows(0, end - t);
-      teacher_->head().forward(c, state.teacher_final.rows(t, end), zt);
+      teacher_->head().forward(c, state.teacher.rows(t, end), zt);
     }
     kernels::distill_loss(c.stream, weights, zs, zt, state.batch.labels.rows(t, end), token_weight, train,
                           slice(sums, 0, LossSums::head_count));
@@ -90,12 +104,14 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
   const double per_layer =
       objective.hidden_layers.empty() ? 0.0 : token_weight / static_cast<double>(objective.hidden_layers.size());
   const Tensor& dx = state.gradient;
-  for (std::int64_t l = student_.layers() - 1; l >= 0; --l) {
-    const auto i = static_cast<std::size_t>(l);
+  const LayerRange& range = student_.range();
+  for (std::int64_t l = range.last - 1; l >= range.first; --l) {
+    const auto i = static_cast<std::size_t>(l - range.first);
     if (const std::int64_t t = objective.teacher_layer_of(l); t >= 0) {
-      kernels::hidden_loss(c.stream, state.hidden[i + 1], state.teacher_hidden[static_cast<std::size_t>(t)],
-                           state.batch.labels, objective.hidden_cosine * per_layer, objective.hidden_mse * per_layer,
-                           dx, slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1));
+      const Tensor& theirs = state.teacher_hidden[static_cast<std::size_t>(t - teacher_->range().first)];
+      kernels::hidden_loss(c.stream, state.hidden[i + 1], theirs, state.batch.labels,
+                           objective.hidden_cosine * per_layer, objective.hidden_mse * per_layer, dx,
+                           slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1));
     }
     if (recompute_) {
       student_.block(l).backward_recomputing(c, state.batch, dx, state.hidden[i], dx);
@@ -103,7 +119,7 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
       student_.block(l).backward(c, state.batch, dx, state.hidden[i], state.saved[i], dx);
     }
   }
-  student_.embed_backward(c, state.batch, dx);
+  if (student_.has_embedding()) student_.embed_backward(c, state.batch, dx);
 }
 
 void Distiller::align_mixers(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
@@ -116,12 +132,12 @@ void Distiller::align_mixers(const Context& c, const Objective& objective, doubl
   const Tensor wanted = activations.allocate(student_.dtype(), shape, "teacher mixer output");
   const Tensor got = activations.allocate(student_.dtype(), shape, "student mixer output");
   const Tensor d_got = activations.allocate(student_.dtype(), shape, "mixer output gradient");
-  const double scale = objective.mixer_mse * token_weight / static_cast<double>(student_.layers());
+  const double scale = objective.mixer_mse * token_weight / static_cast<double>(student_.spec().layers());
   // hidden_loss writes two sums, cosine and MSE; the cosine's entry here is a scratch value.
   const Tensor pair = activations.allocate(DType::f64, {2}, "mixer loss sums");
   kernels::fill_zero(c.stream, pair);
   teacher_->embed(c, batch, x);
-  for (std::int64_t l = 0; l < student_.layers(); ++l) {
+  for (std::int64_t l = student_.range().first; l < student_.range().last; ++l) {
     {
       const auto teacher_scope = c.workspace.scope();
       Block::Saved saved;
@@ -147,12 +163,16 @@ void Distiller::train(const Context& c, const TokenBatch& batch, const Objective
   const auto scope = activations.scope();
   MicrobatchState state;
   state.batch = batch;
-  if (objective.needs_teacher()) forward_teacher(c, objective, state, activations);
+  if (objective.needs_teacher()) {
+    begin_teacher(objective, state, activations);
+    forward_teacher(c, state);
+  }
+  begin_student(state, activations, true);
   forward_student(c, state, activations, true);
+  begin_backward(state, activations);
   if (objective.has_head_losses()) {
-    head(c, objective.head, token_weight, true, sums, state, activations);
+    head(c, objective.head, token_weight, true, sums, state);
   } else {
-    state.gradient = activations.allocate(student_.dtype(), state.hidden.back().shape, "hidden state gradient");
     kernels::fill_zero(c.stream, state.gradient);
   }
   backward_student(c, objective, token_weight, sums, state);
@@ -163,9 +183,13 @@ void Distiller::evaluate(const Context& c, const TokenBatch& batch, const kernel
   const auto scope = activations.scope();
   MicrobatchState state;
   state.batch = batch;
-  if (teacher_ != nullptr) forward_teacher(c, Objective(), state, activations);
+  if (teacher_ != nullptr) {
+    begin_teacher(Objective(), state, activations);
+    forward_teacher(c, state);
+  }
+  begin_student(state, activations, false);
   forward_student(c, state, activations, false);
-  head(c, weights, 0.0, false, sums, state, activations);
+  head(c, weights, 0.0, false, sums, state);
 }
 
 }  // namespace deltapipe

@@ -1,6 +1,8 @@
-// Forward and backward of one microbatch through teacher and student, in the pieces that a schedule orders:
-//   forward_teacher -> forward_student -> head -> backward_student       (end to end)
-//   align_mixers                                                        (mixer alignment: no gradient crosses layers)
+// Forward and backward of one microbatch through teacher and student, or through the same range of layers of both, in
+// the pieces that a schedule orders:
+//   begin_teacher -> forward_teacher, begin_student -> forward_student -> head -> backward_student     (end to end)
+//   align_mixers                                          (mixer alignment: no gradient crosses layers)
+// Between begin_* and forward_* the hidden state of the range before is put into place, unless the range embeds.
 #pragma once
 
 #include "core/arena.h"
@@ -13,12 +15,13 @@
 
 namespace deltapipe {
 
-/// What one microbatch keeps between the pieces. All tensors live in the activation arena.
+/// What one microbatch keeps between the pieces. All tensors live in the activation arena. Index 0 of the vectors is
+/// the range's first layer.
 struct MicrobatchState {
   TokenBatch batch;
-  Tensor teacher_final;                // [T, D] after the teacher's final norm
+  Tensor teacher;  // [T, D]: the teacher's hidden state; after the final norm where the range ends the model
   std::vector<Tensor> teacher_hidden;  // [T, D] after each compared teacher block, empty elsewhere
-  std::vector<Tensor> hidden;          // student: [0] embeddings, [l + 1] after block l; each [T, D]
+  std::vector<Tensor> hidden;          // student: [0] what enters the range, [i + 1] after its block i; each [T, D]
   std::vector<Block::Saved> saved;     // per student block, unless recomputing
   Tensor gradient;                     // [T, D]: of the loss with respect to the hidden state backward has reached
 };
@@ -38,12 +41,19 @@ class Distiller {
   void evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights, const LossSums& sums,
                 Arena& activations) const;
 
-  void forward_teacher(const Context& c, const Objective& objective, MicrobatchState& state, Arena& activations) const;
+  /// Takes room for what the teacher leaves behind.
+  void begin_teacher(const Objective& objective, MicrobatchState& state, Arena& activations) const;
+  void forward_teacher(const Context& c, MicrobatchState& state) const;
+  /// Takes room for the student's hidden states: all of them with `keep`, else one.
+  void begin_student(MicrobatchState& state, Arena& activations, bool keep) const;
   void forward_student(const Context& c, MicrobatchState& state, Arena& activations, bool keep) const;
-  /// Both heads and the losses on logits, a block of tokens at a time. With `train`, state.gradient becomes the
-  /// gradient of the student's last hidden state.
+  /// Takes room for the gradient of the range's last hidden state.
+  void begin_backward(MicrobatchState& state, Arena& activations) const;
+  /// Both heads and the losses on logits, a block of tokens at a time. With `train`, state.gradient is overwritten by
+  /// the gradient of the student's last hidden state.
   void head(const Context& c, const kernels::DistillWeights& weights, double token_weight, bool train,
-            const LossSums& sums, MicrobatchState& state, Arena& activations) const;
+            const LossSums& sums, MicrobatchState& state) const;
+  /// From state.gradient of the range's output to that of its input; adds the losses on hidden states.
   void backward_student(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
                         MicrobatchState& state) const;
   void align_mixers(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,

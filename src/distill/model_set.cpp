@@ -34,10 +34,11 @@ std::string ArenaSet::table() const {
 ModelSet::ModelSet(const ModelSpec& student, const ModelSpec* teacher, DType dtype, ArenaSet& arenas,
                    const Stream& stream)
     : student_parameters_(parameters_of(student), dtype, arenas.student) {
-  student_ = std::make_unique<Transformer>(student, student_parameters_, arenas.student, stream);
+  student_ = std::make_unique<Transformer>(student, whole_model(student), student_parameters_, arenas.student, stream);
   if (teacher != nullptr) {
     teacher_parameters_.emplace(parameters_of(*teacher), dtype, arenas.teacher);
-    teacher_ = std::make_unique<Transformer>(*teacher, *teacher_parameters_, arenas.teacher, stream);
+    teacher_ =
+        std::make_unique<Transformer>(*teacher, whole_model(*teacher), *teacher_parameters_, arenas.teacher, stream);
   }
 }
 

@@ -98,16 +98,24 @@ std::vector<ParameterSpec> layer_parameters_of(const ModelSpec& s, std::int64_t 
   return list;
 }
 
-std::vector<ParameterSpec> parameters_of(const ModelSpec& s) {
-  std::vector<ParameterSpec> list{{"model.embed_tokens.weight", {s.vocabulary, s.hidden}, -1}};
-  for (std::int64_t l = 0; l < s.layers(); ++l) {
+std::vector<ParameterSpec> parameters_of(const ModelSpec& s, const LayerRange& range) {
+  std::vector<ParameterSpec> list;
+  const bool is_first = range.first == 0, is_last = range.last == s.layers();
+  if (is_first || (is_last && s.tied_embeddings)) {
+    list.push_back({"model.embed_tokens.weight", {s.vocabulary, s.hidden}, -1});
+  }
+  for (std::int64_t l = range.first; l < range.last; ++l) {
     auto layer = layer_parameters_of(s, l);
     list.insert(list.end(), layer.begin(), layer.end());
   }
-  list.push_back({"model.norm.weight", {s.hidden}, s.layers()});
-  if (!s.tied_embeddings) list.push_back({"lm_head.weight", {s.vocabulary, s.hidden}, s.layers()});
+  if (is_last) {
+    list.push_back({"model.norm.weight", {s.hidden}, s.layers()});
+    if (!s.tied_embeddings) list.push_back({"lm_head.weight", {s.vocabulary, s.hidden}, s.layers()});
+  }
   return list;
 }
+
+std::vector<ParameterSpec> parameters_of(const ModelSpec& s) { return parameters_of(s, whole_model(s)); }
 
 std::int64_t count_parameters(const ModelSpec& spec) {
   std::int64_t n = 0;

@@ -79,8 +79,20 @@ struct ParameterSpec {
   bool keep_float32 = false;  // A_log and dt_bias stay float32 in every file and on every device
 };
 
+/// Layers [first, last) of a model: what one pipeline stage, or one of its chunks, holds. The range that begins at 0
+/// has the embedding, the one that ends with the last layer the final norm and the head.
+struct LayerRange {
+  std::int64_t first = 0;
+  std::int64_t last = 0;
+  std::int64_t size() const { return last - first; }
+  friend bool operator==(const LayerRange&, const LayerRange&) = default;
+};
+inline LayerRange whole_model(const ModelSpec& spec) { return {0, spec.layers()}; }
+
 /// All parameters in canonical order: embedding, layers 0 .. L-1, final norm, head (absent when tied).
 std::vector<ParameterSpec> parameters_of(const ModelSpec& spec);
+/// Those of a range; with tied embeddings the embedding belongs to the first and to the last range.
+std::vector<ParameterSpec> parameters_of(const ModelSpec& spec, const LayerRange& range);
 /// Parameters of one layer's KDA or attention, MLP and norms, in canonical order.
 std::vector<ParameterSpec> layer_parameters_of(const ModelSpec& spec, std::int64_t layer);
 std::int64_t count_parameters(const ModelSpec& spec);

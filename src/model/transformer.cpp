@@ -27,18 +27,23 @@ RotaryTable make_rotary_table(const ModelSpec& spec, DType dtype, Arena& constan
 
 }  // namespace
 
-Transformer::Transformer(const ModelSpec& spec, ParameterTable& parameters, Arena& constants, const Stream& stream)
+Transformer::Transformer(const ModelSpec& spec, const LayerRange& range, ParameterTable& parameters, Arena& constants,
+                         const Stream& stream)
     : spec_(spec),
+      range_(range),
       dtype_(parameters.dtype()),
-      rotary_(make_rotary_table(spec, parameters.dtype(), constants, stream)),
-      embedding_(&parameters.at("model.embed_tokens.weight")),
-      norm_(&parameters.at("model.norm.weight")),
-      head_(parameters.at(spec.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight")) {
-  blocks_.reserve(static_cast<std::size_t>(spec.layers()));
-  for (std::int64_t l = 0; l < spec.layers(); ++l) blocks_.emplace_back(spec_, parameters, l, &rotary_);
+      rotary_(make_rotary_table(spec, parameters.dtype(), constants, stream)) {
+  if (has_embedding()) embedding_ = &parameters.at("model.embed_tokens.weight");
+  if (has_head()) {
+    norm_ = &parameters.at("model.norm.weight");
+    head_ = Linear(parameters.at(spec.tied_embeddings ? "model.embed_tokens.weight" : "lm_head.weight"));
+  }
+  blocks_.reserve(static_cast<std::size_t>(range.size()));
+  for (std::int64_t l = range.first; l < range.last; ++l) blocks_.emplace_back(spec_, parameters, l, &rotary_);
 }
 
 void Transformer::embed(const Context& c, const TokenBatch& batch, const Tensor& x) const {
+  require(has_embedding(), "Transformer::embed: these layers have no embedding");
   kernels::embedding_forward(c.stream, batch.tokens, embedding_->value, x);
 }
 
@@ -47,6 +52,7 @@ void Transformer::embed_backward(const Context& c, const TokenBatch& batch, cons
 }
 
 void Transformer::final_norm(const Context& c, const Tensor& x, const Tensor& y, const Tensor& rstd) const {
+  require(has_head(), "Transformer::final_norm: these layers have no final norm");
   kernels::rms_norm_forward(c.stream, x, norm_->value, static_cast<float>(spec_.norm_eps), y, rstd);
 }
 
