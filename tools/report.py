@@ -254,6 +254,9 @@ class Report:
         if self.train:
             last = self.train[-1]
             parts.append(f"{len(self.train):,} steps to step {last['step']:,}")
+            skipped = len(skipped_steps(self.train))
+            if skipped:
+                parts.append(f"{skipped:,} skipped")
             tokens = number(last.get("tokens"))
             if math.isfinite(tokens):
                 parts.append(f"{tokens:,.0f} tokens")
