@@ -4,8 +4,8 @@
     tools/report.py RUN_DIR                  -> RUN_DIR/report.png
     tools/report.py RUN_DIR --out loss.svg   (png, svg or pdf by suffix)
 
-Reads RUN_DIR/metrics.jsonl: one JSON object a line. A line with "eval": true is an evaluation, every other line a
-training step. Known keys go to their panels, any other numeric key gets a panel of its own. A resumed run may repeat
+Reads RUN_DIR/metrics.jsonl: one JSON object a line. A line with "eval": true is an evaluation, one with
+"end": true closes a process and is passed over, every other line is a training step. Known keys go to their panels, any other numeric key gets a panel of its own. A resumed run may repeat
 steps: lines written later replace what they repeat. top1_agreement is a fraction. Needs matplotlib (3.6 or newer), no
 display. Errors are one line, exit status 1.
 """
@@ -32,7 +32,7 @@ LOSS_TERMS = {  # key: label, colour, line style
     "mixer_mse": ("mixer MSE", PURPLE, ":"),
 }
 PLACE = {"step", "stage", "stage_step", "tokens", "seconds"}  # where a line stands, not what it measured
-OTHER_TRAIN = PLACE | {"learning_rate", "gradient_norm", "tokens_per_second", "skipped"}
+OTHER_TRAIN = PLACE | {"loss_tokens", "learning_rate", "gradient_norm", "tokens_per_second", "skipped"}
 KNOWN_EVAL = PLACE | {"eval", "student_perplexity", "teacher_perplexity", "kl", "top1_agreement"}
 
 
@@ -72,6 +72,8 @@ def parse(path):
         step = record.get("step")
         if isinstance(step, bool) or not isinstance(step, int):
             raise ReportError(f'{path} line {i} has no whole number "step"')
+        if record.get("end"):
+            continue
         if record.get("eval"):
             evaluations = [e for e in evaluations if e["step"] < step] + [record]
         else:
@@ -260,8 +262,8 @@ class Report:
             tokens = number(last.get("tokens"))
             if math.isfinite(tokens):
                 parts.append(f"{tokens:,.0f} tokens")
-            seconds = number(last.get("seconds"))
-            if math.isfinite(seconds):
+            seconds = sum(v for v in column(self.train, "seconds") if math.isfinite(v))
+            if seconds:
                 parts.append(duration(seconds))
             for key, name in (("loss", "last loss"), ("kl", "last KL")):
                 if math.isfinite(number(last.get(key))):
