@@ -136,13 +136,16 @@ def fla_kernels():
 
 def kda(q, k, v, g, beta, scale, state, dtype):
     """The fastest of the implementations at hand; dtype is the model's, for kernels that want 16-bit operands."""
-    kernels = fla_kernels() if q.is_cuda and dtype in (torch.bfloat16, torch.float16) else None
-    if kernels is not None:
-        kernel = kernels[1] if q.shape[1] == 1 else kernels[0]
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+    single = q.shape[1] == 1
+    if q.is_cuda and dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256 and fla_kernels() is not None:
+        chunk_kda, fused_recurrent_kda = fla_kernels()
+        kernel = fused_recurrent_kda if single and not torch.is_grad_enabled() else chunk_kda  # the first: no backward
+        q, k, v, g, beta, state = (
+            x.contiguous() for x in (q.to(dtype), k.to(dtype), v.to(dtype), g, beta, state.float())
+        )
         o, state = kernel(q, k, v, g, beta, scale=scale, initial_state=state, output_final_state=True)
         return o.float(), state
-    return (kda_recurrent if q.shape[1] == 1 else kda_chunked)(q, k, v, g, beta, scale, state)
+    return (kda_recurrent if single else kda_chunked)(q, k, v, g, beta, scale, state)
 
 
 # ---------------------------------------------------------------- cache
@@ -462,11 +465,15 @@ class ArceeKdaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ArceeKdaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
     _is_stateful = True  # a state cannot be rewound, so no decoding that drafts tokens and takes them back
+
+    def __init__(self, config):
+        super().__init__(config)
+        if "kda" in config.mixers:  # transformers 4 refuses names that no parameter has
+            self._keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module):
