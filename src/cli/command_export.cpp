@@ -2,12 +2,9 @@
 #include "cli/commands.h"
 #include "cli/model_card.h"
 #include "cli/options.h"
+#include "cli/tokenizer_choice.h"
 #include "core/error.h"
 #include "core/file.h"
-#include "core/log.h"
-#include "data/byte_vocabulary.h"
-#include "data/token_dataset.h"
-#include "kernels/elementwise.h"
 #include "train/run.h"
 #include "train/weight_source.h"
 
@@ -33,34 +30,6 @@ DType file_dtype(const Options& o, const std::optional<Config>& config) {
   return config && compute_dtype(config->run) != DType::bf16 ? DType::f32 : DType::bf16;
 }
 
-bool has_tokenizer(const fs::path& folder) {
-  return fs::exists(folder / "tokenizer.json") || fs::exists(folder / "tokenizer.model");
-}
-
-bool uses_byte_vocabulary(const Config& config) {
-  return !config.data.train.empty() && fs::exists(config.data.train) &&
-         TokenDataset(config.data.train).tokenizer_hash() == byte_vocabulary::tokenizer_hash();
-}
-
-/// --tokenizer, else the teacher's, else the model folder's own, else the byte vocabulary of the training data.
-void choose_tokenizer(const Options& o, const WeightSource& source, const std::optional<Config>& config,
-                      ExportRequest& request) {
-  if (o.tokenizer == "bytes") {
-    request.byte_tokenizer = true;
-  } else if (!o.tokenizer.empty()) {
-    if (!has_tokenizer(o.tokenizer)) fail<UsageError>("{} holds no tokenizer.json or tokenizer.model", o.tokenizer);
-    request.tokenizer_folder = o.tokenizer;
-  } else if (config && !config->teacher.path.empty() && has_tokenizer(config->teacher.path)) {
-    request.tokenizer_folder = config->teacher.path;
-  } else if (!source.is_checkpoint() && has_tokenizer(source.path())) {
-    request.tokenizer_folder = source.path();
-  } else if (config && uses_byte_vocabulary(*config)) {
-    request.byte_tokenizer = true;
-  } else {
-    log::warn("no tokenizer found for this model; give --tokenizer FOLDER (or \"bytes\") to export one with it");
-  }
-}
-
 void export_model(const Options& options) {
   WeightSource source(options.model);
   const std::optional<Config> config = source.config();
@@ -70,11 +39,8 @@ void export_model(const Options& options) {
   request.dtype = file_dtype(options, config);
   request.shard_bytes = options.shard_bytes;
   request.overwrite = options.overwrite;
-  choose_tokenizer(options, source, config, request);
-  if (request.byte_tokenizer) {
-    request.spec.bos_token = byte_vocabulary::bos;
-    request.spec.eos_token = byte_vocabulary::eos;
-  }
+  choose_tokenizer(options.tokenizer, source.is_checkpoint() ? fs::path() : source.path(), config ? &*config : nullptr,
+                   request);
 
   ModelCardFacts facts;
   facts.name = !options.name.empty() ? options.name : fs::path(options.out).lexically_normal().filename().string();

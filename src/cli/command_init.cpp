@@ -2,9 +2,8 @@
 #include "cli/commands.h"
 #include "cli/model_card.h"
 #include "cli/options.h"
-#include "core/error.h"
+#include "cli/tokenizer_choice.h"
 #include "core/log.h"
-#include "data/byte_vocabulary.h"
 #include "data/token_dataset.h"
 #include "train/run.h"
 
@@ -19,7 +18,7 @@ namespace {
 
 struct Options {
   ConfigOptions config;
-  std::string out;
+  std::string out, tokenizer;
   bool overwrite = false;
 };
 
@@ -27,11 +26,8 @@ void init_student(const Options& options) {
   const Config config = options.config.load();
   log::configure(config.run.log_level, 0, 1);
   std::int64_t vocabulary = 0;
-  bool bytes = false;
   if (config.student.init == StudentInit::random && !config.data.train.empty()) {
-    const TokenDataset data(config.data.train);
-    vocabulary = static_cast<std::int64_t>(data.vocabulary());
-    bytes = data.tokenizer_hash() == byte_vocabulary::tokenizer_hash();
+    vocabulary = static_cast<std::int64_t>(TokenDataset(config.data.train).vocabulary());
   }
   const ModelSources sources = open_models(config, vocabulary);
   Arena measured = Arena::measuring("student weights");
@@ -45,10 +41,8 @@ void init_student(const Options& options) {
   request.spec = sources.student;
   request.dtype = compute_dtype(config.run) == DType::bf16 ? DType::bf16 : DType::f32;
   request.overwrite = options.overwrite;
-  request.byte_tokenizer = bytes;
-  if (sources.teacher && fs::exists(sources.teacher->path() / "tokenizer.json")) {
-    request.tokenizer_folder = sources.teacher->path();
-  }
+  choose_tokenizer(options.tokenizer, sources.student_folder ? sources.student_folder->path() : fs::path(), &config,
+                   request);
   request.model_card = write_model_card({.name = config.run.name + ", untrained",
                                          .spec = &request.spec,
                                          .teacher = config.teacher.path,
@@ -66,6 +60,7 @@ void add_init_command(CLI::App& app) {
   auto options = std::make_shared<Options>();
   options->config.add_to(*command);
   command->add_option("--out", options->out, "folder to write (default: RUN_DIR/student-init)");
+  command->add_option("--tokenizer", options->tokenizer, "folder to copy tokenizer files from, or \"bytes\"");
   command->add_flag("--overwrite", options->overwrite, "replace an older one in that folder");
   command->callback([options] { init_student(*options); });
 }

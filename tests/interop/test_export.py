@@ -35,7 +35,7 @@ def student(request, deltapipe, tmp_path_factory):
     teacher = scale_weights(kind(config(**SIZES, rope_parameters=rope, **changes)))
     teacher.save_pretrained(work / "teacher")
     (work / "init.toml").write_text(f'[teacher]\npath = "{work / "teacher"}"\n\n[student]\n{keys}\n')
-    deltapipe("init", work / "init.toml", "--out", work / "student")
+    deltapipe("init", work / "init.toml", "--out", work / "student", "--tokenizer", "bytes")
     return work / "student", load(work / "student"), teacher
 
 
