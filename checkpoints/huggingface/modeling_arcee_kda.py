@@ -169,11 +169,10 @@ class KdaCacheLayer(CacheLayerMixin):
         self.state, self.conv_tail, self.tokens = state, conv_tail, self.tokens + tokens
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states, value_states=None):
+    def update(self, *args, **kwargs):
         raise NotImplementedError("a KDA layer keeps no keys and values")
 
-    def update(self, key_states, value_states, *args, **kwargs):
-        raise NotImplementedError("a KDA layer keeps no keys and values")
+    lazy_initialization = update
 
     def get_seq_length(self, *args):
         return self.tokens
@@ -209,8 +208,7 @@ class KdaCacheLayer(CacheLayerMixin):
     def offload(self):
         """Nothing: the layer is small, and its size does not depend on the number of tokens."""
 
-    def prefetch(self):
-        """Nothing: see offload."""
+    prefetch = offload
 
 
 def add_kda_layers(cache, mixers):
@@ -528,17 +526,9 @@ class ArceeKdaModel(ArceeKdaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        use_cache=None, output_attentions=None, output_hidden_states=None, **kwargs,
+    ):  # fmt: skip
         """
         attention_mask [B, tokens seen and new], 0 where a token is padding (on any side). past_key_values: any
         transformers Cache; the one in the output is to be passed on. position_ids matter to "rope" layers alone.
@@ -570,12 +560,7 @@ class ArceeKdaModel(ArceeKdaPreTrainedModel):
         for layer in self.layers:
             hidden_states.append(x)
             x, weights = layer(
-                x,
-                attention_mask=mask,
-                padding=padding,
-                rotary=rotary,
-                past_key_values=past_key_values,
-                **kwargs,
+                x, attention_mask=mask, padding=padding, rotary=rotary, past_key_values=past_key_values, **kwargs
             )
             attentions.append(weights)
         x = self.norm(x)
@@ -599,34 +584,17 @@ class ArceeKdaForCausalLM(ArceeKdaPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        logits_to_keep=0,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, logits_to_keep=0, **kwargs,
+    ):  # fmt: skip
         """
         labels [B, T]: input_ids (shifted in here), -100 where a token does not count. logits_to_keep: logits of the last
         so many tokens only (0: all), or the positions wanted.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            use_cache, output_attentions, output_hidden_states, **kwargs,
+        )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None

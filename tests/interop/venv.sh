@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Makes the Python environment of the interop tests, outside the source tree, or reuses it when it was made from the same
-# requirements.txt, this script and Python. Prints one line of what it did; the last line of stdout is the interpreter's path.
+# Makes the Python environment of the interop tests, outside the source tree, or reuses the one made from the same
+# requirements.txt. Prints one line of what it did; the last line of stdout is the interpreter's path.
 #
 #   python=$(tests/interop/venv.sh | tail -n 1)
 #
-# DELTAPIPE_INTEROP_VENV  folder of the environment (default: ~/.cache/deltapipe/interop)
+# DELTAPIPE_INTEROP_VENV  folder of the environment, made anew when requirements.txt has changed (default:
+#                         ~/.cache/deltapipe/interop-HASH, so that checkouts with other requirements keep theirs)
 # PYTHON                  interpreter to make it with, 3.11 or newer (default: python3)
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${DELTAPIPE_INTEROP_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/deltapipe/interop}
+key=$(sha256sum <"$here/requirements.txt" | cut -c 1-12)
+venv=${DELTAPIPE_INTEROP_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/deltapipe/interop-$key}
 base_python=${PYTHON:-python3}
 python=$venv/bin/python
 
@@ -20,6 +22,7 @@ die() { echo "venv.sh: $*" >&2; exit 1; }
 # Copies installed elsewhere on the machine are not used: they may be of another version.
 stub_cuda_libraries() {
   local site=$1 work=$2 lib=$1/torch/lib soname version
+  type cc nm readelf >/dev/null 2>&1 || return 1
   nm -D --undefined-only "$lib"/lib*.so >"$work/undefined" 2>/dev/null
   readelf -VW "$lib"/lib*.so >"$work/versions" 2>/dev/null
   for soname in $(readelf -dW "$lib"/lib*.so | sed -nE 's/.*\(NEEDED\).*\[(lib(cu|nv|nccl)[^]]*)\]/\1/p' | sort -u); do
@@ -61,7 +64,6 @@ make_venv() {
   echo "made $venv: $("$python" -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'), $how"
 }
 
-key=$(cat "$here/requirements.txt" "${BASH_SOURCE[0]}" - <<<"$(command -v "$base_python")" | sha256sum | cut -d' ' -f1)
 mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock"
 flock 9  # tests that run side by side wait for the one that makes it
