@@ -139,14 +139,14 @@ void Distiller::align_mixers(const Context& c, const Objective& objective, doubl
 }
 
 void Distiller::train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
-                      const LossSums& sums, Arena& activations) const {
+                      const LossSums& sums, MicrobatchState& state, Arena& activations) const {
   if (objective.aligns_mixers()) {
     align_mixers(c, objective, token_weight, sums, batch, activations);
     return;
   }
   const auto scope = activations.scope();
-  MicrobatchState state;
   state.batch = batch;
+  state.teacher_final = Tensor();
   if (objective.needs_teacher()) forward_teacher(c, objective, state, activations);
   forward_student(c, state, activations, true);
   if (objective.has_head_losses()) {
@@ -159,10 +159,10 @@ void Distiller::train(const Context& c, const TokenBatch& batch, const Objective
 }
 
 void Distiller::evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights,
-                         const LossSums& sums, Arena& activations) const {
+                         const LossSums& sums, MicrobatchState& state, Arena& activations) const {
   const auto scope = activations.scope();
-  MicrobatchState state;
   state.batch = batch;
+  state.teacher_final = Tensor();
   if (teacher_ != nullptr) forward_teacher(c, Objective(), state, activations);
   forward_student(c, state, activations, false);
   head(c, weights, 0.0, false, sums, state, activations);
