@@ -178,7 +178,7 @@ bool must_replace(const fs::path& target, bool overwrite) {
   if (fs::is_empty(target, ec)) return false;
   if (ec) fail<IoError>("cannot list {}: {}", target.string(), ec.message());
   if (!overwrite) {
-    fail<UsageError>("{} exists and is not empty; choose another folder or allow overwriting", target.string());
+    fail<UsageError>("{} exists and is not empty; choose another folder or give --overwrite", target.string());
   }
   if (!fs::exists(target / "config.json", ec)) {
     fail<UsageError>("{} is not empty and has no config.json: not a model folder, and not overwritten",

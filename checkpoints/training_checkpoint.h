@@ -103,6 +103,7 @@ class CheckpointReader {
   enum class Verify { everything, on_use };
   explicit CheckpointReader(std::filesystem::path folder, Verify verify = Verify::everything);
 
+  const std::filesystem::path& folder() const { return folder_; }
   const TrainingState& state() const { return manifest_.state; }
   /// By group, then name.
   std::vector<TensorInfo> tensors() const;

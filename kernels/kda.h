@@ -8,7 +8,8 @@
 // A segment is a contiguous run of tokens of one sequence and has its own incoming state. start [S, L] int32 is the
 // index, relative to the segment's first token, of the first token of each token's document, negative when the document
 // began before the segment; the state is zero where a document starts, so an incoming state reaches only tokens with a
-// negative start. acc: float32, or float64 when the inputs are float64. No tensor written aliases any other tensor.
+// negative start; it must be finite all the same. acc: float32, or float64 when the inputs are float64. No tensor
+// written aliases any other tensor.
 //
 // A segment is an affine map of its incoming state, S_out = M S_in + E, and so is its gradient,
 // dS_in = M^T dS_out + E'. Maps compose associatively: a scan over segments on any ranks gives every segment its

@@ -96,17 +96,19 @@ void evaluate(const Options& options) {
 }  // namespace
 
 void add_eval_command(CLI::App& app) {
-  CLI::App* command =
-      app.add_subcommand("eval", "perplexity, divergence from the teacher and needle retrieval on held-out text");
+  CLI::App* command = app.add_subcommand(
+      "eval", "measure perplexity, divergence from the teacher and needle retrieval on held-out text");
   auto options = std::make_shared<Options>();
   command->add_option("model", options->model, "Hugging Face folder, checkpoint, or a run's checkpoints/latest")
-      ->required();
-  command->add_option("--config", options->config, "configuration (default: the checkpoint's own)");
-  command->add_option("--data", options->data, "held-out token dataset (data.validation)");
-  command->add_option("--teacher", options->teacher, "teacher folder (teacher.path)");
+      ->required()
+      ->type_name("FOLDER");
+  command->add_option("--config", options->config, "configuration (default: the checkpoint's own)")->type_name("FILE");
+  command->add_option("--data", options->data, "held-out token dataset (default: data.validation)")->type_name("FILE");
+  command->add_option("--teacher", options->teacher, "teacher's model folder (default: teacher.path)")
+      ->type_name("FOLDER");
   command->add_flag("--without-teacher", options->without_teacher, "measure the student alone");
-  command->add_option("--json", options->json, "also write the results to this file");
-  command->add_option("--dtype", options->dtype, "float32 or float64, to compute in");
+  command->add_option("--json", options->json, "also write the results to this file")->type_name("FILE");
+  command->add_option("--dtype", options->dtype, "type to compute in: float32 or float64")->type_name("TYPE");
   command
       ->add_option("--set", options->overrides,
                    "override a key: --set eval.tokens=1000000 --set eval.needle.lengths=[1024] (repeatable)")

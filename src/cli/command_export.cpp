@@ -49,7 +49,10 @@ void export_model(const Options& options) {
   if (const TrainingState* s = source.state()) {
     facts.training = fmt::format("Trained by deltapipe for {} steps on {} tokens.", s->step, s->tokens_seen);
   }
-  if (!options.evaluation.empty()) facts.evaluation_json = read_file(options.evaluation);
+  if (!options.evaluation.empty()) {
+    facts.evaluation_file = options.evaluation;
+    facts.evaluation_json = read_file(options.evaluation);
+  }
   request.model_card = write_model_card(facts);
 
   Arena measured = Arena::measuring("weights");
@@ -67,13 +70,21 @@ void export_model(const Options& options) {
 void add_export_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("export", "write a checkpoint as a Hugging Face model folder");
   auto options = std::make_shared<Options>();
-  command->add_option("model", options->model, "checkpoint, a run's checkpoints/latest, or a model folder")->required();
-  command->add_option("--out", options->out, "folder to write")->required();
-  command->add_option("--dtype", options->dtype, "float32 or bfloat16 (default: the run's)");
-  command->add_option("--tokenizer", options->tokenizer, "folder to copy tokenizer files from, or \"bytes\"");
-  command->add_option("--eval", options->evaluation, "results of `deltapipe eval --json` for the model card");
-  command->add_option("--name", options->name, "model name on the card (default: the folder's)");
-  command->add_option("--shard-bytes", options->shard_bytes, "most bytes a weight file holds")
+  command->add_option("model", options->model, "checkpoint, a run's checkpoints/latest, or a model folder")
+      ->required()
+      ->type_name("FOLDER");
+  command->add_option("--out", options->out, "folder to write")->required()->type_name("FOLDER");
+  command->add_option("--dtype", options->dtype, "type of the weights: float32 or bfloat16 (default: the run's)")
+      ->type_name("TYPE");
+  command
+      ->add_option("--tokenizer", options->tokenizer,
+                   "folder to copy tokenizer files from, or \"bytes\" (default: the teacher's)")
+      ->type_name("FOLDER");
+  command->add_option("--eval", options->evaluation, "results of `deltapipe eval --json`, for the model card")
+      ->type_name("FILE");
+  command->add_option("--name", options->name, "model name on the card (default: the folder's)")->type_name("NAME");
+  command->add_option("--shard-bytes", options->shard_bytes, "most bytes that a weight file holds")
+      ->type_name("BYTES")
       ->check(CLI::PositiveNumber);
   command->add_flag("--overwrite", options->overwrite, "replace an older export in that folder");
   command->callback([options] { export_model(*options); });

@@ -21,8 +21,11 @@ struct Options {
 };
 
 void generate(const Options& options) {
-  WeightSource source(options.model);
   const bool as_text = !options.text.empty();
+  if (as_text == options.tokens.given()) {
+    fail<UsageError>("{}: give --text, --tokens or --tokens-file", as_text ? "more than one prompt" : "no prompt");
+  }
+  WeightSource source(options.model);
   if (as_text && source.spec().vocabulary != byte_vocabulary::size) {
     fail<UsageError>("--text needs a model of the byte vocabulary ({} tokens), this one has {}: give --tokens",
                      byte_vocabulary::size, source.spec().vocabulary);
@@ -50,11 +53,15 @@ void generate(const Options& options) {
 }  // namespace
 
 void add_generate_command(CLI::App& app) {
-  CLI::App* command = app.add_subcommand("generate", "continue a prompt greedily, without caches");
+  CLI::App* command =
+      app.add_subcommand("generate", "continue a prompt, greedily and without caches: slow, for a look at a model");
   auto options = std::make_shared<Options>();
-  command->add_option("model", options->model, "Hugging Face folder or checkpoint")->required();
-  command->add_option("--text", options->text, "prompt as text (byte vocabulary)");
-  command->add_option("--count", options->count, "tokens to generate")->check(CLI::Range(1, 1 << 20));
+  command->add_option("model", options->model, "Hugging Face folder or checkpoint")->required()->type_name("FOLDER");
+  command->add_option("--text", options->text, "prompt as text, for models of the byte vocabulary")->type_name("TEXT");
+  command->add_option("--count", options->count, "tokens to generate")
+      ->type_name("N")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
   options->tokens.add_to(*command);
   command->callback([options] { generate(*options); });
 }

@@ -47,6 +47,7 @@ void init_student(const Options& options) {
                                          .spec = &request.spec,
                                          .teacher = config.teacher.path,
                                          .training = "Not trained yet.",
+                                         .evaluation_file = {},
                                          .evaluation_json = {}});
   request.parameter = [&](const ParameterSpec& p) { return parameters.at(p.name).value; };
   export_huggingface(request);
@@ -59,9 +60,10 @@ void add_init_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("init", "write the untrained student that `train` would start from");
   auto options = std::make_shared<Options>();
   options->config.add_to(*command);
-  command->add_option("--out", options->out, "folder to write (default: RUN_DIR/student-init)");
+  command->add_option("--out", options->out, "folder to write (default: student-init in the run's folder)")
+      ->type_name("FOLDER");
   command->add_option("--tokenizer", options->tokenizer, "folder to copy tokenizer files from, or \"bytes\"");
-  command->add_flag("--overwrite", options->overwrite, "replace an older one in that folder");
+  command->add_flag("--overwrite", options->overwrite, "replace an older model in that folder");
   command->callback([options] { init_student(*options); });
 }
 

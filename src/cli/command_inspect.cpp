@@ -54,7 +54,7 @@ std::string describe(const fs::path& path) {
 void add_inspect_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("inspect", "describe a token dataset, a checkpoint or a model folder");
   auto path = std::make_shared<std::string>();
-  command->add_option("path", *path, "dataset file, checkpoint or model folder")->required();
+  command->add_option("path", *path, "dataset file, checkpoint or model folder")->required()->type_name("PATH");
   command->callback([path] { std::fputs(describe(*path).c_str(), stdout); });
 }
 

@@ -56,9 +56,9 @@ void write_logits(const Options& options) {
 void add_logits_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("logits", "write a model's logits [tokens, vocabulary] as a NumPy file");
   auto options = std::make_shared<Options>();
-  command->add_option("model", options->model, "Hugging Face folder or checkpoint")->required();
-  command->add_option("--out", options->out, "file to write (.npy)")->required();
-  command->add_option("--dtype", options->dtype, "float32 or float64, to compute in");
+  command->add_option("model", options->model, "Hugging Face folder or checkpoint")->required()->type_name("FOLDER");
+  command->add_option("--out", options->out, "file to write (.npy)")->required()->type_name("FILE");
+  command->add_option("--dtype", options->dtype, "type to compute in: float32 or float64")->type_name("TYPE");
   options->tokens.add_to(*command);
   command->callback([options] { write_logits(*options); });
 }

@@ -12,9 +12,11 @@ void add_train_command(CLI::App& app) {
   auto options = std::make_shared<ConfigOptions>();
   auto run = std::make_shared<RunOptions>();
   options->add_to(*command);
-  command->add_option("--resume", run->resume, "auto: go on from the newest whole checkpoint; or a checkpoint's folder")
+  command
+      ->add_option("--resume", run->resume,
+                   "go on: auto (from the newest whole checkpoint, if any) or a checkpoint's folder")
       ->type_name("auto|none|FOLDER");
-  command->add_flag("--restart", run->restart, "begin anew although the run folder holds checkpoints; removes them");
+  command->add_flag("--restart", run->restart, "begin anew, and remove the checkpoints in the run's folder");
   command->callback([options, run] {
     const Config config = options->load();
     log::configure(config.run.log_level, 0, 1);

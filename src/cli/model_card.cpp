@@ -66,11 +66,11 @@ std::string write_model_card(const ModelCardFacts& facts) {
       "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))\n```\n\n## Measured\n\n";
   if (facts.evaluation_json.empty()) return text + "Nothing was measured for this export.\n";
   const auto j = nlohmann::json::parse(facts.evaluation_json, nullptr, false);
-  if (!j.is_object()) fail<FormatError>("the evaluation file is not a JSON object");
+  if (!j.is_object()) fail<FormatError>("{}: is not a JSON object", facts.evaluation_file);
   try {
     return text + measured(j);
   } catch (const nlohmann::json::exception& e) {
-    fail<FormatError>("the evaluation file is not one of `deltapipe eval --json`: {}", e.what());
+    fail<FormatError>("{}: is not a file of `deltapipe eval --json`: {}", facts.evaluation_file, e.what());
   }
 }
 

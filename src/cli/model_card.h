@@ -12,6 +12,7 @@ struct ModelCardFacts {
   const ModelSpec* spec = nullptr;
   std::string teacher;          // path or name; empty: none
   std::string training;         // sentence about steps and tokens; empty: none
+  std::string evaluation_file;  // name of the file that held it, for messages
   std::string evaluation_json;  // text of `deltapipe eval --json`; empty: not measured
 };
 

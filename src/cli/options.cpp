@@ -8,13 +8,14 @@
 namespace deltapipe {
 
 void TokenOptions::add_to(CLI::App& command) {
-  auto* a = command.add_option("--tokens", list, "token ids, separated by commas");
-  auto* b = command.add_option("--tokens-file", file, "file of token ids, separated by white space or commas");
+  auto* a = command.add_option("--tokens", list, "token ids, separated by commas")->type_name("IDS");
+  auto* b = command.add_option("--tokens-file", file, "file of token ids, separated by white space or commas")
+                ->type_name("FILE");
   a->excludes(b);
 }
 
 std::vector<std::int64_t> TokenOptions::read() const {
-  if (list.empty() && file.empty()) fail<UsageError>("give --tokens or --tokens-file");
+  if (!given()) fail<UsageError>("no tokens: give --tokens or --tokens-file");
   const std::string text = list.empty() ? read_file(file) : list;
   std::vector<std::int64_t> tokens;
   const char* p = text.data();

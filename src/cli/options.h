@@ -16,7 +16,7 @@ struct ConfigOptions {
   std::vector<std::string> overrides;
 
   void add_to(CLI::App& command) {
-    command.add_option("config", file, "configuration file (TOML)")->required();
+    command.add_option("config", file, "configuration file (TOML)")->required()->type_name("FILE");
     add_overrides_to(command);
   }
   void add_overrides_to(CLI::App& command) {
@@ -32,7 +32,8 @@ struct TokenOptions {
   std::string list, file;
 
   void add_to(CLI::App& command);
-  /// Throws UsageError or FormatError naming the first thing that is not a token id.
+  bool given() const { return !list.empty() || !file.empty(); }
+  /// Throws UsageError or IoError naming the first thing that is not a token id.
   std::vector<std::int64_t> read() const;
 };
 

@@ -34,7 +34,7 @@ void choose_tokenizer(const std::string& wanted, const fs::path& model_folder, c
   } else if (config != nullptr && uses_byte_vocabulary(*config)) {
     request.byte_tokenizer = true;
   } else {
-    log::warn("no tokenizer found for this model; give --tokenizer FOLDER (or \"bytes\") to export one with it");
+    log::warn("no tokenizer found, the export has none; --tokenizer FOLDER (or \"bytes\") gives it one");
   }
   if (request.byte_tokenizer) {
     request.spec.bos_token = byte_vocabulary::bos;

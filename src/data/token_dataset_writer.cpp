@@ -12,11 +12,16 @@
 
 namespace deltapipe {
 namespace fs = std::filesystem;
+namespace {
+
+fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
+
+}  // namespace
 
 /// An unnamed file of integers: written in order, then read in order. Gone with the process, however it ends.
 struct TokenDatasetWriter::Spool {
-  explicit Spool(const fs::path& beside) : folder(beside) {
-    std::string name = (folder / ".deltapipe-spool-XXXXXX").string();
+  explicit Spool(const fs::path& path) : dataset(path) {
+    std::string name = (folder_of(path) / ".deltapipe-spool-XXXXXX").string();
     const int fd = mkostemp(name.data(), O_CLOEXEC);
     if (fd < 0) refuse("create a file in");
     unlink(name.c_str());
@@ -32,7 +37,7 @@ struct TokenDatasetWriter::Spool {
   Spool& operator=(const Spool&) = delete;
 
   [[noreturn]] void refuse(const char* verb) const {
-    fail<IoError>("cannot {} folder {}: {}", verb, folder.string(), std::strerror(errno));
+    fail<IoError>("{}: cannot {} its folder: {}", dataset.string(), verb, std::strerror(errno));
   }
 
   template <class T>
@@ -48,32 +53,26 @@ struct TokenDatasetWriter::Spool {
 
   /// Copies all into `dataset`, which holds exactly as many elements.
   template <class T>
-  void copy_to(hdf5::Dataset dataset) {
+  void copy_to(hdf5::Dataset to) {
     std::vector<T> block(std::size_t{1} << 18);
-    for (std::int64_t done = 0; done < dataset.numel();) {
-      const auto want = std::min(block.size(), static_cast<std::size_t>(dataset.numel() - done));
+    for (std::int64_t done = 0; done < to.numel();) {
+      const auto want = std::min(block.size(), static_cast<std::size_t>(to.numel() - done));
       if (std::fread(block.data(), sizeof(T), want, stream) != want) refuse("read back a file in");
-      dataset.write(done, Tensor(block.data(), dtype_of<T>, {static_cast<std::int64_t>(want)}));
+      to.write(done, Tensor(block.data(), dtype_of<T>, {static_cast<std::int64_t>(want)}));
       done += static_cast<std::int64_t>(want);
     }
   }
 
-  fs::path folder;
+  fs::path dataset;  // the file that it is for, as messages name it
   std::FILE* stream = nullptr;
 };
-
-namespace {
-
-fs::path folder_of(const fs::path& path) { return path.has_parent_path() ? path.parent_path() : fs::path("."); }
-
-}  // namespace
 
 TokenDatasetWriter::TokenDatasetWriter(const fs::path& path, const TokenDatasetInfo& info)
     : path_(path),
       temporary_(folder_of(path) / fmt::format(".{}.tmp.{}", path.filename().string(), getpid())),
       info_(info),
-      token_spool_(std::make_unique<Spool>(folder_of(path))),
-      offset_spool_(std::make_unique<Spool>(folder_of(path))) {
+      token_spool_(std::make_unique<Spool>(path)),
+      offset_spool_(std::make_unique<Spool>(path)) {
   const auto limit = static_cast<std::int64_t>(info.vocabulary);
   require(info.vocabulary > 0 && info.vocabulary <= TokenDatasetInfo::max_vocabulary,
           "TokenDatasetWriter: impossible vocabulary");

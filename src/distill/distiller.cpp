@@ -155,14 +155,14 @@ void Distiller::align_mixers(const Context& c, const Objective& objective, doubl
 }
 
 void Distiller::train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
-                      const LossSums& sums, Arena& activations) const {
+                      const LossSums& sums, MicrobatchState& state, Arena& activations) const {
   if (objective.aligns_mixers()) {
     align_mixers(c, objective, token_weight, sums, batch, activations);
     return;
   }
   const auto scope = activations.scope();
-  MicrobatchState state;
   state.batch = batch;
+  state.teacher = Tensor();
   if (objective.needs_teacher()) {
     begin_teacher(objective, state, activations);
     forward_teacher(c, state);
@@ -179,10 +179,10 @@ void Distiller::train(const Context& c, const TokenBatch& batch, const Objective
 }
 
 void Distiller::evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights,
-                         const LossSums& sums, Arena& activations) const {
+                         const LossSums& sums, MicrobatchState& state, Arena& activations) const {
   const auto scope = activations.scope();
-  MicrobatchState state;
   state.batch = batch;
+  state.teacher = Tensor();
   if (teacher_ != nullptr) {
     begin_teacher(Objective(), state, activations);
     forward_teacher(c, state);

@@ -15,8 +15,9 @@
 
 namespace deltapipe {
 
-/// What one microbatch keeps between the pieces. All tensors live in the activation arena. Index 0 of the vectors is
-/// the range's first layer.
+/// What one microbatch keeps between the pieces. All tensors live in the activation arena. Index 0 of the vectors is the
+/// range's first layer. One object serves microbatch after microbatch, so that its lists take memory once and a step
+/// takes none.
 struct MicrobatchState {
   TokenBatch batch;
   Tensor teacher;  // [T, D]: the teacher's hidden state; after the final norm where the range ends the model
@@ -33,13 +34,14 @@ class Distiller {
       : student_(student), teacher_(teacher), loss_block_tokens_(loss_block_tokens), recompute_(recompute) {}
 
   /// One microbatch, forward and backward: adds to the student's gradients and to `sums`. `token_weight` is 1 over the
-  /// unmasked tokens of the whole global batch. Activations are released on return.
+  /// unmasked tokens of the whole global batch. Activations are released on return; what `state` held before is of no
+  /// matter, and what it holds afterwards is void.
   void train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
-             const LossSums& sums, Arena& activations) const;
+             const LossSums& sums, MicrobatchState& state, Arena& activations) const;
 
   /// One microbatch, forward only: adds all losses on the logits (and the teacher's, when there is one) to `sums`.
   void evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights, const LossSums& sums,
-                Arena& activations) const;
+                MicrobatchState& state, Arena& activations) const;
 
   /// Takes room for what the teacher leaves behind.
   void begin_teacher(const Objective& objective, MicrobatchState& state, Arena& activations) const;

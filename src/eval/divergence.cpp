@@ -23,7 +23,7 @@ DivergenceResult DivergenceEvaluation::run(const Context& c, const Distiller& di
   kernels::fill_zero(c.stream, sums_.values);
   for (std::int64_t w = 0; w < (c.stream.is_dry() ? 1 : windows); ++w) {
     if (!c.stream.is_dry()) reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
-    distiller.evaluate(c, batch_.microbatch(0, 1), weights, sums_, activations);
+    distiller.evaluate(c, batch_.microbatch(0, 1), weights, sums_, microbatch_, activations);
   }
   DivergenceResult result;
   if (c.stream.is_dry()) return result;

@@ -43,6 +43,7 @@ class DivergenceEvaluation {
  private:
   HostBatch batch_;
   LossSums sums_;
+  MicrobatchState microbatch_;
 };
 
 }  // namespace deltapipe

@@ -14,12 +14,20 @@
 namespace deltapipe {
 namespace {
 
+/// Tokens of the text at random places, but for those that begin and end documents.
 std::vector<std::int64_t> draw_tokens(const TokenDataset& text, RandomStream& r, std::int64_t count) {
+  constexpr int most_in_a_row = 10000;  // special tokens: a text with others is left by then
   std::vector<std::int64_t> tokens;
-  while (static_cast<std::int64_t>(tokens.size()) < count) {
+  for (int special = 0; static_cast<std::int64_t>(tokens.size()) < count; ++special) {
+    if (special == most_in_a_row) {
+      fail<ConfigError>("eval.needle: {} holds hardly any tokens but bos and eos", text.path().string());
+    }
     std::uint32_t t = 0;
     text.read(r.next_below(text.size()), std::span(&t, 1));
-    if (static_cast<std::int64_t>(t) != text.bos() && static_cast<std::int64_t>(t) != text.eos()) tokens.push_back(t);
+    if (static_cast<std::int64_t>(t) != text.bos() && static_cast<std::int64_t>(t) != text.eos()) {
+      tokens.push_back(t);
+      special = 0;
+    }
   }
   return tokens;
 }
@@ -52,11 +60,12 @@ NeedleSample make_needle_sample(const TokenDataset& text, const NeedleConfig& co
   const std::int64_t room = length - question;
   const std::int64_t slots = room / pair;
   if (slots < keys) {
-    fail<ConfigError>("eval.needle: {} tokens have room for {} pairs of {} tokens, not {}", length,
-                      std::max<std::int64_t>(slots, 0), pair, keys);
+    fail<ConfigError>("eval.needle: a text of {} tokens has room for {} key-value pairs of {} tokens, not for {}",
+                      length, std::max<std::int64_t>(slots, 0), pair, keys);
   }
   if (static_cast<std::int64_t>(text.size()) < room) {
-    fail<ConfigError>("eval.needle: the text has {} tokens, too few for a length of {}", text.size(), length);
+    fail<ConfigError>("eval.needle: {} has {} tokens, too few for a text of {}", text.path().string(), text.size(),
+                      length);
   }
   RandomStream r(seed, fmt::format("needle {} {} {} {}", length, std::bit_cast<std::uint64_t>(depth), keys, index));
   const std::uint64_t begin = r.next_below(text.size() - static_cast<std::uint64_t>(room) + 1);
@@ -71,10 +80,14 @@ NeedleSample make_needle_sample(const TokenDataset& text, const NeedleConfig& co
   std::vector<std::int64_t> asked_key, asked_value;
   for (std::int64_t k = 0; k < keys; ++k) {
     std::vector<std::int64_t> key;
-    for (int attempt = 0; attempt < 100; ++attempt) {
+    int attempts = 0;
+    do {
+      if (++attempts > 1000) {
+        fail<ConfigError>("eval.needle: the tokens of {} do not make {} different keys of {} tokens",
+                          text.path().string(), keys, config.key_tokens);
+      }
       key = draw_tokens(text, r, config.key_tokens);
-      if (std::find(all_keys.begin(), all_keys.end(), key) == all_keys.end()) break;
-    }
+    } while (std::find(all_keys.begin(), all_keys.end(), key) != all_keys.end());
     all_keys.push_back(key);
     const std::vector<std::int64_t> value = draw_tokens(text, r, config.value_tokens);
     std::int64_t slot = used[0];

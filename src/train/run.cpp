@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
@@ -52,6 +53,9 @@ TrainingState to_state(const Progress& p, const TrainingPlan& plan, std::uint64_
 }
 
 Progress to_progress(const TrainingState& s, const TrainingPlan& plan, const std::string& where) {
+  if (s.model_config != write_huggingface_config(plan.student, DType::f32)) {
+    fail<ConfigError>("{} holds another model than the student of this configuration", where);
+  }
   if (s.stage < 0 || static_cast<std::size_t>(s.stage) >= plan.config.stages.size()) {
     fail<ConfigError>("{} was written in stage {}, but the configuration has {} stages", where, s.stage,
                       plan.config.stages.size());
@@ -59,17 +63,42 @@ Progress to_progress(const TrainingState& s, const TrainingPlan& plan, const std
   return {s.step, s.stage, s.stage_step, s.tokens_seen, s.skipped_steps, s.skipped_in_a_row};
 }
 
-std::optional<fs::path> checkpoint_to_resume(const RunOptions& options, const fs::path& folder) {
-  if (options.resume == "auto") return newest_checkpoint(folder);
-  if (options.resume != "none") return find_checkpoint(options.resume);
-  if (const auto newest = newest_checkpoint(folder)) {
-    if (!options.restart) {
+/// Checkpoints in the folder, whole or damaged, newest first.
+std::vector<fs::path> checkpoints_in(const fs::path& folder) {
+  std::vector<fs::path> found;
+  std::error_code error;  // a folder that is not there holds none; one that cannot be read is told of when it is made
+  fs::directory_iterator it(folder, error);
+  for (; !error && it != fs::directory_iterator(); it.increment(error)) {
+    if (it->path().filename().string().starts_with("step-")) found.push_back(it->path());
+  }
+  std::sort(found.begin(), found.end(), [](const fs::path& a, const fs::path& b) {
+    const std::string x = a.filename().string(), y = b.filename().string();
+    return x.size() != y.size() ? x.size() > y.size() : x > y;  // steps of nine digits follow those of eight
+  });
+  return found;
+}
+
+/// The checkpoint to go on from, opened and verified; null when the run begins.
+std::unique_ptr<CheckpointReader> open_checkpoint(const RunOptions& options, const fs::path& folder) {
+  if (options.resume == "none") {
+    if (!options.restart && !checkpoints_in(folder).empty()) {
       fail<UsageError>("{} already holds checkpoints; go on with --resume auto, or begin anew with --restart",
                        folder.string());
     }
-    fs::remove_all(folder);
+    return nullptr;
   }
-  return std::nullopt;
+  if (options.restart) fail<UsageError>("--restart begins anew, --resume goes on: give one of them");
+  if (options.resume != "auto") return std::make_unique<CheckpointReader>(find_checkpoint(options.resume));
+  const std::vector<fs::path> found = checkpoints_in(folder);
+  for (const fs::path& checkpoint : found) {
+    try {
+      return std::make_unique<CheckpointReader>(checkpoint);
+    } catch (const FormatError& e) {
+      log::warn("checkpoint passed over: {}", e.what());
+    }
+  }
+  if (found.empty()) return nullptr;
+  fail<FormatError>("{} holds checkpoints, but none of them is whole; begin anew with --restart", folder.string());
 }
 
 /// Every stage reads the text in an order of its own.
@@ -86,13 +115,15 @@ std::uint64_t total_tokens(const Config& config) {
 /// Warns when a checkpoint was written under other settings that shape the weights.
 void compare_configs(const Config& now, const TrainingState& state, const std::string& where) {
   Config then = parse_config(state.config_toml, where + "'s configuration", {});
-  then.run = now.run;
+  then.run.name = now.run.name;
+  then.run.dir = now.run.dir;
+  then.run.threads = now.run.threads;
+  then.run.log_level = now.run.log_level;
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
   if (!(then == now)) {
-    log::warn("the configuration differs from the one that {} was written with: this run is not its exact continuation",
-              where);
+    log::warn("the configuration is not the one that {} was written with; the run goes on with the new one", where);
   }
 }
 
@@ -112,7 +143,8 @@ class TrainingRun {
       : config_(config),
         folder_(run_dir(config.run)),
         checkpoints_(folder_ / "checkpoints"),
-        resume_from_(checkpoint_to_resume(options, checkpoints_)),
+        restart_(options.restart),
+        resume_from_(open_checkpoint(options, checkpoints_)),
         train_data_(config.data.train),
         sources_(open_models(config, static_cast<std::int64_t>(train_data_.vocabulary()))),
         plan_(make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr)) {
@@ -125,6 +157,11 @@ class TrainingRun {
     for (const StageConfig& s : config.stages) {
       loaders_.emplace_back(train_data_, s.sequence_length, order_seed(config, s), config.data.isolate_documents);
     }
+    if (resume_from_) {
+      const std::string where = resume_from_->folder().string();
+      first_ = to_progress(resume_from_->state(), plan_, where);
+      compare_configs(config_, resume_from_->state(), where);
+    }
   }
 
   RunResult run() {
@@ -132,21 +169,24 @@ class TrainingRun {
     log::info("student {}: {:.2f} M parameters; memory:\n{}", plan_.student.model_type,
               static_cast<double>(count_parameters(plan_.student)) / 1e6, measured.table());
     make_writable_folder(folder_);
+    if (restart_) remove_checkpoints();
     write_file_atomically(folder_ / "config.toml", to_toml(config_));
     ArenaSet arenas = measured.reserve();
     Trainer trainer(plan_, arenas, Stream::cpu());
     if (sources_.teacher) {
       for (Parameter& p : trainer.models().teacher_parameters()->all()) sources_.teacher->load(p.spec, p.value);
     }
-    Progress at = begin(trainer);
-    MetricsFile metrics(folder_ / "metrics.jsonl", at.step);
+    const bool resumed = resume_from_ != nullptr;
+    begin(trainer);
+    Progress at = first_;
+    MetricsFile metrics(folder_ / "metrics.jsonl", resumed ? at.step : -1);
     CheckpointWriter writer(checkpoints_, static_cast<int>(config_.checkpoint.keep));
 
     const auto begin_time = std::chrono::steady_clock::now();
-    if (at.step == 0) evaluate(trainer, metrics, at);
+    if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
 
-    std::int64_t saved_step = resume_from_ ? at.step : -1;
+    std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
       const auto windows = loaders_[static_cast<std::size_t>(at.stage)].windows();
       const auto slices = snapshot_slices(trainer.models().student_parameters(), trainer.optimizer());
@@ -190,21 +230,23 @@ class TrainingRun {
     }
   }
 
-  Progress begin(Trainer& trainer) {
-    const Stream stream = Stream::cpu();
+  void remove_checkpoints() const {
+    std::error_code error;
+    fs::remove_all(checkpoints_, error);
+    if (error) fail<IoError>("cannot remove {}: {}", checkpoints_.string(), error.message());
+  }
+
+  /// Weights, moments and trainable parameters of the first step.
+  void begin(Trainer& trainer) {
+    trainer.begin_stage(static_cast<std::size_t>(first_.stage));
     if (!resume_from_) {
       init_student_weights(config_, sources_, trainer.models().student_parameters());
-      trainer.optimizer().capture_weights(stream);
-      trainer.begin_stage(0);
-      return {};
+      trainer.optimizer().capture_weights(Stream::cpu());
+      return;
     }
-    CheckpointReader reader(*resume_from_);
-    compare_configs(config_, reader.state(), resume_from_->string());
-    const Progress at = to_progress(reader.state(), plan_, resume_from_->string());
-    trainer.begin_stage(static_cast<std::size_t>(at.stage));
-    restore_snapshot(reader, trainer.models().student_parameters(), trainer.optimizer());
-    log::info("resumed from {} at step {}", resume_from_->string(), at.step);
-    return at;
+    restore_snapshot(*resume_from_, trainer.models().student_parameters(), trainer.optimizer());
+    log::info("resumed from {} at step {}", resume_from_->folder().string(), first_.step);
+    resume_from_.reset();
   }
 
   void step(Trainer& trainer, Progress& at, const StageConfig& stage, MetricsFile& metrics, ConsoleProgress& console) {
@@ -249,13 +291,15 @@ class TrainingRun {
 
   Config config_;
   fs::path folder_, checkpoints_;
-  std::optional<fs::path> resume_from_;
+  bool restart_;
+  std::unique_ptr<CheckpointReader> resume_from_;  // until its content is in memory; null: the run begins
   TokenDataset train_data_;
   ModelSources sources_;
   TrainingPlan plan_;
   std::optional<TokenDataset> validation_data_;
   std::optional<WindowReader> validation_;
   std::vector<SequenceLoader> loaders_;
+  Progress first_;  // where this process begins
 };
 
 }  // namespace
@@ -301,6 +345,7 @@ RunResult run_training(const Config& config, const RunOptions& options) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
+  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
   set_num_threads(static_cast<int>(config.run.threads));
   install_stop_signals();
   return TrainingRun(config, options).run();

@@ -15,12 +15,13 @@ void check(const CheckpointReader& reader, const char* group, const Parameter& p
   for (const TensorInfo& t : reader.tensors()) {
     if (t.group != group || t.name != p.spec.name) continue;
     if (!(t.shape == p.spec.shape) || t.dtype != dtype) {
-      fail<FormatError>("checkpoint has {} {} as {} {}, this model needs {} {}", group, t.name, name_of(t.dtype),
-                        t.shape.str(), name_of(dtype), p.spec.shape.str());
+      fail<FormatError>("{}: {} of {} is {} {}, this run needs {} {}", reader.folder().string(), group, t.name,
+                        name_of(t.dtype), t.shape.str(), name_of(dtype), p.spec.shape.str());
     }
     return;
   }
-  fail<FormatError>("checkpoint has no {} {}: it was written by another model or another recipe", group, p.spec.name);
+  fail<FormatError>("{}: holds no {} of {}: it was written for another model, or with other frozen patterns",
+                    reader.folder().string(), group, p.spec.name);
 }
 
 /// Elements [begin, end) of a parameter's flat values.
@@ -63,7 +64,9 @@ void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Opti
     if (!p.gradient_memory) read_whole(reader, frozen_group, p, p.value);
   }
   const auto updates = reader.state().values.find("optimizer_updates");
-  if (updates == reader.state().values.end()) fail<FormatError>("checkpoint does not say how many updates were made");
+  if (updates == reader.state().values.end()) {
+    fail<FormatError>("{}: does not say how many optimizer updates were made", reader.folder().string());
+  }
   optimizer.set_updates(static_cast<std::int64_t>(updates->second));
 }
 

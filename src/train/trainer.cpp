@@ -146,7 +146,7 @@ StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) 
   kernels::fill_zero(context_.stream, sums_.values);
   for (std::int64_t begin = 0; begin < stage.batch_sequences; begin += stage.microbatch_sequences) {
     distiller_.train(context_, batch.microbatch(begin, begin + stage.microbatch_sequences), objective, token_weight,
-                     sums_, arenas_.activations);
+                     sums_, microbatch_, arenas_.activations);
     if (dry) break;  // all microbatches need the same memory
   }
 

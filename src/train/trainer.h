@@ -68,6 +68,7 @@ class Trainer {
   Distiller distiller_;
   std::vector<HostBatch> batches_;  // one a stage, all in the same memory
   LossSums sums_;
+  MicrobatchState microbatch_;
   DivergenceEvaluation evaluation_;
   std::size_t stage_ = 0;
 };

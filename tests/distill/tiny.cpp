@@ -42,28 +42,29 @@ void TinyJob::run(const Stream& stream, ArenaSet& arenas) {
   const double weight = token_weight != 0 ? token_weight
                         : stream.is_dry() ? 1.0
                                           : 1.0 / static_cast<double>(batch_->count_unmasked(sequences_));
-  distiller.train(c, batch_->microbatch(0, sequences_), objective, weight, sums_, arenas.activations);
+  distiller.train(c, batch_->microbatch(0, sequences_), objective, weight, sums_, microbatch_, arenas.activations);
+}
+
+void randomize(ParameterTable& table, std::uint64_t seed, const std::string& who) {
+  for (Parameter& p : table.all()) {
+    const RandomStream r(seed, who + p.spec.name);
+    const bool is_norm = p.spec.name.ends_with("norm.weight");
+    const double scale = p.spec.shape.rank() == 2 ? 1.0 / std::sqrt(static_cast<double>(p.spec.shape[1])) : 0.4;
+    const std::int64_t n = p.value.numel();
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double x = (is_norm ? 1.0 : 0.0) + scale * r.normal(static_cast<std::uint64_t>(i));
+      if (p.value.dtype == DType::f64) {
+        p.value.as<double>()[i] = x;
+      } else {
+        p.value.as<float>()[i] = static_cast<float>(x);
+      }
+    }
+  }
 }
 
 void TinyJob::randomize(std::uint64_t seed) {
-  const auto fill = [&](ParameterTable& table, const char* who) {
-    for (Parameter& p : table.all()) {
-      const RandomStream r(seed, who + p.spec.name);
-      const bool is_norm = p.spec.name.ends_with("norm.weight");
-      const double scale = p.spec.shape.rank() == 2 ? 1.0 / std::sqrt(static_cast<double>(p.spec.shape[1])) : 0.4;
-      const std::int64_t n = p.value.numel();
-      for (std::int64_t i = 0; i < n; ++i) {
-        const double x = (is_norm ? 1.0 : 0.0) + scale * r.normal(static_cast<std::uint64_t>(i));
-        if (p.value.dtype == DType::f64) {
-          p.value.as<double>()[i] = x;
-        } else {
-          p.value.as<float>()[i] = static_cast<float>(x);
-        }
-      }
-    }
-  };
-  fill(models_->student_parameters(), "student ");
-  if (auto* teacher = models_->teacher_parameters()) fill(*teacher, "teacher ");
+  testing::randomize(models_->student_parameters(), seed, "student ");
+  if (auto* teacher = models_->teacher_parameters()) testing::randomize(*teacher, seed, "teacher ");
 }
 
 void TinyJob::fill_tokens(std::uint64_t seed, const std::vector<std::int64_t>& starts) {

@@ -41,6 +41,9 @@ inline ModelSpec tiny_student(const ModelSpec& teacher, const std::vector<std::s
   return make_student_spec(c, &teacher, 0);
 }
 
+/// Random weights of about unit-scale outputs, a function of (seed, who, name).
+void randomize(ParameterTable& table, std::uint64_t seed, const std::string& who);
+
 /// A student, a teacher and one batch, all in memory of measured size.
 class TinyJob {
  public:
@@ -77,6 +80,7 @@ class TinyJob {
   std::unique_ptr<ModelSet> models_;
   std::unique_ptr<HostBatch> batch_;
   LossSums sums_;
+  MicrobatchState microbatch_;
 };
 
 }  // namespace deltapipe::testing
