@@ -3,6 +3,7 @@
 #pragma once
 
 #include "comm/mpi_runtime.h"
+#include "comm/sequence_layout.h"
 #include "tests/kernels/testing.h"
 
 #include <cstring>
@@ -27,6 +28,31 @@ inline void with_exact_workspace(const std::function<void(const Stream&, Arena&)
   f(Stream::cpu(), real);
   EXPECT_EQ(real.used(), 0u);
   EXPECT_EQ(real.peak(), measured.peak());
+}
+
+/// Sequence tokens [first, first + L) of every local segment of `rank`, in the order it keeps them.
+inline std::vector<std::int64_t> first_tokens(const SequenceLayout& layout, int rank, std::int64_t length) {
+  std::vector<std::int64_t> first{rank * length};
+  if (layout.kind() == LayoutKind::zigzag) first.push_back((2 * layout.ranks() - 1 - rank) * length);
+  return first;
+}
+
+/// whole [B, T, ...] -> this rank's [B * segments, L, ...], element by element and apart from the code under test.
+template <class T>
+Owned<T> cut(const SequenceLayout& layout, int rank, const Owned<T>& whole) {
+  const std::int64_t batch = whole.shape()[0], tokens = whole.shape()[1], row = whole.size() / batch / tokens;
+  const std::int64_t slots = layout.kind() == LayoutKind::zigzag ? 2 : 1, length = tokens / layout.ranks() / slots;
+  Shape shape{batch * slots, length};
+  for (int i = 2; i < whole.shape().rank(); ++i) shape.append(whole.shape()[i]);
+  Owned<T> out(shape);
+  const auto first = first_tokens(layout, rank, length);
+  std::int64_t to = 0;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    for (const std::int64_t begin : first) {
+      for (std::int64_t i = 0; i < length * row; ++i) out[to++] = whole[(b * tokens + begin) * row + i];
+    }
+  }
+  return out;
 }
 
 /// start [B, T] of whole sequences; each sequence's documents begin at its tokens in `documents` (the first is 0).
