@@ -1,6 +1,6 @@
 // An axis of one rank, and the checks that every communicator makes.
 #include "comm/block_copy.h"
-#include "comm/communicator.h"
+#include "comm/sequence_parallel.h"
 #include "tests/comm/testing.h"
 
 namespace deltapipe {
@@ -55,6 +55,17 @@ TEST(CopyBlocks, MovesAndChecks) {
   EXPECT_THROW(copy_blocks(stream, 3, 2, a, 3, 4, b, 0, 2), InternalError);
   EXPECT_THROW(copy_blocks(stream, 3, 2, a, 0, 4, b, 0, 6), InternalError);
   EXPECT_THROW(copy_blocks(stream, 1, 2, a, -1, 4, b, 0, 6), InternalError);
+}
+
+TEST(SequenceParallel, ShortSegmentsAreAnError) {
+  SingleRank one("sequence");
+  const SequenceParallel sp(one, LayoutKind::contiguous);
+  Arena workspace("small", 1 << 12);
+  Owned<double> x({1, 2, 4}), halo({1, 3, 4});
+  EXPECT_THROW(sp.gather_halo(Stream::cpu(), x, halo, workspace), ConfigError);
+  EXPECT_THROW(sp.return_halo(Stream::cpu(), halo, x, workspace), ConfigError);
+  Owned<double> wrong({1, 1, 5});
+  EXPECT_THROW(sp.gather_halo(Stream::cpu(), x, wrong, workspace), InternalError);
 }
 
 }  // namespace
