@@ -3,31 +3,66 @@
 #include <algorithm>
 
 namespace deltapipe {
+namespace {
 
-HostBatch::HostBatch(Arena& arena, std::int64_t sequences, std::int64_t length)
-    : sequences_(sequences),
-      length_(length),
-      tokens_(arena.allocate(DType::i32, {sequences, length}, "tokens")),
-      labels_(arena.allocate(DType::i32, {sequences, length}, "labels")),
-      start_(arena.allocate(DType::i32, {sequences, length}, "document starts")),
-      positions_(arena.allocate(DType::i32, {sequences, length}, "positions")) {}
+TokenBatch allocate(Arena& arena, std::int64_t segments, std::int64_t length) {
+  const auto flat = [&](const char* label) { return arena.allocate(DType::i32, {segments * length}, label); };
+  TokenBatch b;
+  b.segments = segments;
+  b.length = length;
+  b.tokens = flat("tokens");
+  b.labels = flat("labels");
+  b.start = flat("document starts").view({segments, length});
+  b.positions = flat("positions");
+  b.key_start = b.start;
+  return b;
+}
+
+}  // namespace
+
+HostBatch::HostBatch(Arena& arena, std::int64_t sequences, std::int64_t length, const SequenceLayout& layout, int rank)
+    : layout_(layout), rank_(rank), whole_(allocate(arena, sequences, length)), local_(whole_) {
+  if (layout_.segments() == 1) return;
+  local_ = allocate(arena, sequences * layout_.local_segments(), layout_.segment_length(length));
+  local_.key_start = arena.allocate(DType::i32, local_.start.shape, "document starts of keys");
+}
 
 SequenceSpans HostBatch::spans(std::int64_t i) const {
   const auto span = [&](const Tensor& t) {
-    return std::span<std::int32_t>(t.as<std::int32_t>() + i * length_, static_cast<std::size_t>(length_));
+    return std::span<std::int32_t>(t.as<std::int32_t>() + i * whole_.length, static_cast<std::size_t>(whole_.length));
   };
-  return {span(tokens_), span(labels_), span(start_), span(positions_)};
+  return {span(whole_.tokens), span(whole_.labels), span(whole_.start), span(whole_.positions)};
 }
 
-std::int64_t HostBatch::count_unmasked(std::int64_t sequences) const {
-  const std::int32_t* labels = labels_.as<std::int32_t>();
-  return std::count_if(labels, labels + sequences * length_, [](std::int32_t l) { return l != masked_label; });
+void HostBatch::cut() const {
+  if (layout_.segments() == 1) return;
+  cut_batch(layout_, rank_, whole_, local_);
+  const std::int32_t* start = local_.start.as<std::int32_t>();
+  std::int32_t* key_start = local_.key_start.as<std::int32_t>();
+  for (std::int64_t s = 0; s < local_.segments; ++s) {
+    const int segment = layout_.segment_at(rank_, static_cast<int>(s % layout_.local_segments()));
+    const auto first = static_cast<std::int32_t>(segment * local_.length);
+    for (std::int64_t i = s * local_.length; i < (s + 1) * local_.length; ++i) key_start[i] = start[i] + first;
+  }
+}
+
+std::int64_t HostBatch::count_unmasked() const {
+  const std::int32_t* labels = whole_.labels.as<std::int32_t>();
+  return std::count_if(labels, labels + whole_.size(), [](std::int32_t l) { return l != masked_label; });
 }
 
 TokenBatch HostBatch::microbatch(std::int64_t begin, std::int64_t end) const {
-  const std::int64_t n = (end - begin) * length_;
-  const auto flat = [&](const Tensor& t) { return t.rows(begin, end).view({n}); };
-  return {end - begin, length_, flat(tokens_), flat(labels_), start_.rows(begin, end), flat(positions_)};
+  const std::int64_t a = begin * layout_.local_segments(), b = end * layout_.local_segments();
+  const auto flat = [&](const Tensor& t) { return t.rows(a * local_.length, b * local_.length); };
+  TokenBatch m;
+  m.segments = b - a;
+  m.length = local_.length;
+  m.tokens = flat(local_.tokens);
+  m.labels = flat(local_.labels);
+  m.start = local_.start.rows(a, b);
+  m.positions = flat(local_.positions);
+  m.key_start = local_.key_start.rows(a, b);
+  return m;
 }
 
 }  // namespace deltapipe

@@ -24,6 +24,8 @@ class Attention {
     Tensor q, k, v;  // [T, heads * d], [T, kv_heads * d] twice
     Tensor o;        // [T, heads * d]
     Tensor lse;      // [S, heads, L]
+    // Under sequence parallelism, of the whole sequences: [B, T, kv_heads * d]; else views of k and v.
+    Tensor all_k, all_v;
   };
 
   /// `prefix` ends in "self_attn."; `rotary` is null for layers without positions.
@@ -37,6 +39,13 @@ class Attention {
                 const Tensor& dh) const;
 
  private:
+  /// Queries of local segment `s` and the keys from its sequence's beginning up to the segment's last token.
+  struct Span {
+    std::int64_t query_begin, query_end;  // rows of the local tensors
+    std::int64_t key_begin, key_end;      // rows of all keys, sequences one after another
+  };
+  Span span_of(const Context& c, const TokenBatch& batch, std::int64_t s) const;
+
   std::int64_t heads_, kv_heads_, head_dim_;
   float scale_;
   const RotaryTable* rotary_;

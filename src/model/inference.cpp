@@ -47,7 +47,13 @@ TokenBatch PromptBatch::batch() const {
   const auto tensor = [](const std::vector<std::int32_t>& v, Shape shape) {
     return Tensor(const_cast<std::int32_t*>(v.data()), DType::i32, shape);
   };
-  return {1, n, tensor(tokens_, {n}), tensor(labels_, {n}), tensor(start_, {1, n}), tensor(positions_, {n})};
+  return {1,
+          n,
+          tensor(tokens_, {n}),
+          tensor(labels_, {n}),
+          tensor(start_, {1, n}),
+          tensor(positions_, {n}),
+          tensor(start_, {1, n})};
 }
 
 std::vector<std::int64_t> generate_greedily(const Context& c, const Transformer& model,

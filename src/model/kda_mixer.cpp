@@ -1,5 +1,6 @@
 #include "model/kda_mixer.h"
 
+#include "comm/sequence_parallel.h"
 #include "kernels/gated_rms_norm.h"
 #include "kernels/short_conv.h"
 
@@ -53,8 +54,12 @@ void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& 
     saved.projected[i] = keep.allocate(h.dtype, {tokens, width}, "KDA projection");
     saved.convolved[i] = keep.allocate(h.dtype, {tokens, width}, "KDA convolution");
     projections_[i].forward(c, h, saved.projected[i]);
+    if (c.sequence != nullptr && spec_.conv_width > 1) {
+      saved.halo[i] = keep.allocate(h.dtype, {batch.segments, spec_.conv_width - 1, width}, "KDA convolution halo");
+      c.sequence->gather_halo(c.stream, saved.projected[i].view(by_segment), saved.halo[i], c.workspace);
+    }
     kernels::short_conv_forward(c.stream, saved.projected[i].view(by_segment), convolution_weight(static_cast<int>(i)),
-                                Tensor(), batch.start, saved.convolved[i].view(by_segment));
+                                saved.halo[i], batch.start, saved.convolved[i].view(by_segment));
   }
   saved.f_inner = keep.allocate(h.dtype, {tokens, spec_.gate_rank}, "KDA gate, inner");
   saved.f = keep.allocate(h.dtype, {tokens, width}, "KDA gate");
@@ -70,7 +75,17 @@ void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& 
   g_.forward(c, saved.g_inner, saved.g);
   b_.forward(c, h, saved.b);
   const kernels::KdaInputs in = inputs(batch, saved);
-  kernels::kda_forward(c.stream, in, Tensor(), saved.o.view(in.v.shape), Tensor(), c.workspace);
+  if (c.sequence != nullptr) {
+    const DType acc = accumulation_dtype(h.dtype);
+    const Shape states{batch.segments, spec_.heads, spec_.head_dim, spec_.head_dim};
+    saved.map = keep.allocate(acc, states, "KDA segment map");
+    saved.state_in = keep.allocate(acc, states, "KDA incoming state");
+    const auto scope = c.workspace.scope();
+    const Tensor own = c.workspace.allocate(acc, states, "KDA segment state");
+    kernels::kda_segment_map(c.stream, in, saved.map, own, c.workspace);
+    c.sequence->scan(c.stream, saved.map, own, saved.state_in, c.workspace);
+  }
+  kernels::kda_forward(c.stream, in, saved.state_in, saved.o.view(in.v.shape), Tensor(), c.workspace);
   kernels::gated_rms_norm_forward(c.stream, saved.o.view(by_head), saved.g.view(by_head), o_norm_->value, norm_eps_,
                                   saved.normed.view(by_head), saved.rstd);
   o_.forward(c, saved.normed, out);
@@ -113,7 +128,16 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
       .da_log = a_log_->gradient(),
       .ddt_bias = d_dt_bias ? d_dt_bias.view({spec_.heads, spec_.head_dim}) : Tensor(),
   };
-  kernels::kda_backward(c.stream, in, Tensor(), d_o.view(in.v.shape), Tensor(), gradients, Tensor(), c.workspace);
+  Tensor dstate_out;
+  if (c.sequence != nullptr) {
+    dstate_out = c.workspace.allocate(saved.map.dtype, saved.map.shape, "KDA outgoing state gradient");
+    const auto scan_scope = c.workspace.scope();
+    const Tensor own = c.workspace.allocate(saved.map.dtype, saved.map.shape, "KDA own state gradient");
+    kernels::kda_backward_map(c.stream, in, d_o.view(in.v.shape), own, c.workspace);
+    c.sequence->scan_backward(c.stream, saved.map, own, dstate_out, c.workspace);
+  }
+  kernels::kda_backward(c.stream, in, saved.state_in, d_o.view(in.v.shape), dstate_out, gradients, Tensor(),
+                        c.workspace);
   f_.backward(c, df, saved.f_inner, df_inner);
   f_inner_.backward(c, df_inner, h, dh, true);
   b_.backward(c, db, h, dh, true);
@@ -121,10 +145,13 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
   const Tensor d_projected = scratch({tokens, width}, "KDA d_projected");
   for (std::size_t i = 0; i < 3; ++i) {
     const Tensor dw = convolutions_[i]->gradient();
+    const Tensor d_halo =
+        saved.halo[i] ? c.workspace.allocate(h.dtype, saved.halo[i].shape, "KDA convolution halo gradient") : Tensor();
     kernels::short_conv_backward(c.stream, d_convolved[i].view(by_segment), saved.projected[i].view(by_segment),
-                                 convolution_weight(static_cast<int>(i)), Tensor(), batch.start,
+                                 convolution_weight(static_cast<int>(i)), saved.halo[i], batch.start,
                                  d_projected.view(by_segment), dw ? dw.view({width, spec_.conv_width}) : Tensor(),
-                                 Tensor());
+                                 d_halo);
+    if (d_halo) c.sequence->return_halo(c.stream, d_halo, d_projected.view(by_segment), c.workspace);
     projections_[i].backward(c, d_projected, h, dh, true);
   }
 }

@@ -26,6 +26,10 @@ class KdaMixer {
     Tensor o;                         // [T, W]: output of the KDA operation
     Tensor normed;                    // [T, W]: after the gated norm
     Tensor rstd;                      // [T, H]
+    // Under sequence parallelism: rows before each segment, the segments' maps, the states that enter them.
+    std::array<Tensor, 3> halo;  // [S, conv_width - 1, W]
+    Tensor map;                  // [S, H, head_dim, head_dim], accumulation dtype
+    Tensor state_in;             // [S, H, head_dim, head_dim], accumulation dtype
   };
 
   /// `prefix` ends in "self_attn.".

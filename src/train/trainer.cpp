@@ -138,7 +138,7 @@ StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) 
     for (std::int64_t i = 0; i < stage.batch_sequences; ++i) {
       loader->fill(static_cast<std::uint64_t>(first + i), batch.spans(i));
     }
-    tokens = std::max<std::int64_t>(batch.count_unmasked(stage.batch_sequences), 1);
+    tokens = std::max<std::int64_t>(batch.count_unmasked(), 1);
   }
   const double token_weight = 1.0 / static_cast<double>(tokens);
 

@@ -53,7 +53,7 @@ struct Batch {
   explicit Batch(const Shape& shape) : tokens(shape), labels(shape), start(shape), positions(shape) {}
   TokenBatch view() const {
     const auto flat = [&](const Owned<std::int32_t>& x) { return x.tensor().view({x.size()}); };
-    return {tokens.shape()[0], tokens.shape()[1], flat(tokens), flat(labels), start, flat(positions)};
+    return {tokens.shape()[0], tokens.shape()[1], flat(tokens), flat(labels), start, flat(positions), start};
   }
 };
 

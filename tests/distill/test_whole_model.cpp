@@ -134,7 +134,7 @@ TEST(PackedDocuments, EqualSeparateDocumentsInLossAndGradients) {
     TinyJob packed(student, &teacher, 1, total, o);
     packed.randomize(3);
     packed.fill_tokens(4, starts);
-    const double weight = 1.0 / static_cast<double>(packed.batch().count_unmasked(1));
+    const double weight = 1.0 / static_cast<double>(packed.batch().count_unmasked());
     const double loss = packed.loss_and_gradients();
     const std::vector<double> gradients = copy_gradients(packed.parameters());
     double sum = 0;

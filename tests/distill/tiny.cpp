@@ -8,7 +8,8 @@
 namespace deltapipe::testing {
 
 TinyJob::TinyJob(const ModelSpec& student, const ModelSpec* teacher, std::int64_t sequences, std::int64_t length,
-                 Objective the_objective, bool recompute, std::int64_t loss_block, DType dtype)
+                 Objective the_objective, bool recompute, std::int64_t loss_block, DType dtype,
+                 const SequenceParallel* sequence)
     : objective(std::move(the_objective)),
       student_spec_(student),
       teacher_spec_(teacher != nullptr ? std::make_unique<ModelSpec>(*teacher) : nullptr),
@@ -17,6 +18,7 @@ TinyJob::TinyJob(const ModelSpec& student, const ModelSpec* teacher, std::int64_
       loss_block_(loss_block),
       recompute_(recompute),
       dtype_(dtype),
+      sequence_(sequence),
       arenas_(ArenaSet::measuring(Device())) {
   const Stream dry = Stream::dry(Device());
   build(arenas_, dry);
@@ -30,18 +32,20 @@ void TinyJob::build(ArenaSet& arenas, const Stream& stream) {
   models_ = std::make_unique<ModelSet>(student_spec_, teacher_spec_.get(), dtype_, arenas, stream);
   models_->student_parameters().allocate_gradients(arenas.gradients, [](const ParameterSpec&) { return true; });
   for (Parameter& p : models_->student_parameters().all()) p.trainable = true;
-  batch_ = std::make_unique<HostBatch>(arenas.batch, sequences_, length_);
+  batch_ = sequence_ == nullptr
+               ? std::make_unique<HostBatch>(arenas.batch, sequences_, length_)
+               : std::make_unique<HostBatch>(arenas.batch, sequences_, length_, sequence_->layout(), sequence_->rank());
   sums_.values = arenas.batch.allocate(DType::f64, {LossSums::count}, "sums");
 }
 
 void TinyJob::run(const Stream& stream, ArenaSet& arenas) {
   const Distiller distiller(models_->student(), models_->teacher(), loss_block_, recompute_);
-  const Context c{stream, arenas.workspace};
+  const Context c{stream, arenas.workspace, sequence_};
   models_->student_parameters().zero_gradients(stream);
   kernels::fill_zero(stream, sums_.values);
   const double weight = token_weight != 0 ? token_weight
                         : stream.is_dry() ? 1.0
-                                          : 1.0 / static_cast<double>(batch_->count_unmasked(sequences_));
+                                          : 1.0 / static_cast<double>(batch_->count_unmasked());
   distiller.train(c, batch_->microbatch(0, sequences_), objective, weight, sums_, microbatch_, arenas.activations);
 }
 
@@ -88,11 +92,12 @@ void TinyJob::fill_tokens(std::uint64_t seed, const std::vector<std::int64_t>& s
       out.positions[k] = static_cast<std::int32_t>(i) - start;
     }
   }
+  batch_->cut();
 }
 
 double TinyJob::loss_and_gradients() {
   run(Stream::cpu(), arenas_);
-  const auto tokens = static_cast<double>(batch_->count_unmasked(sequences_));
+  const auto tokens = static_cast<double>(batch_->count_unmasked());
   const double weight = token_weight != 0 ? token_weight : 1.0 / tokens;
   return report_losses(objective, sums_.values.as<double>(), student_spec_.layers(), tokens).total * tokens * weight;
 }

@@ -1,6 +1,7 @@
 // Small teachers and students with random weights in float64, for whole-model tests.
 #pragma once
 
+#include "comm/sequence_parallel.h"
 #include "data/host_batch.h"
 #include "distill/distiller.h"
 #include "distill/model_set.h"
@@ -48,14 +49,16 @@ void randomize(ParameterTable& table, std::uint64_t seed, const std::string& who
 class TinyJob {
  public:
   TinyJob(const ModelSpec& student, const ModelSpec* teacher, std::int64_t sequences, std::int64_t length,
-          Objective objective, bool recompute = false, std::int64_t loss_block = 7, DType dtype = DType::f64);
+          Objective objective, bool recompute = false, std::int64_t loss_block = 7, DType dtype = DType::f64,
+          const SequenceParallel* sequence = nullptr);
 
   /// Random weights of about unit-scale outputs, different for every parameter.
   void randomize(std::uint64_t seed);
   /// Random tokens, documents beginning at `starts` (positions in the concatenation of all sequences, 0 included).
   void fill_tokens(std::uint64_t seed, const std::vector<std::int64_t>& starts);
 
-  /// Loss of the batch, without and with gradients (which are zeroed first).
+  /// Loss of the batch, without and with gradients (which are zeroed first); under sequence parallelism this rank's
+  /// share of both.
   double loss();
   double loss_and_gradients();
 
@@ -76,6 +79,7 @@ class TinyJob {
   std::int64_t sequences_, length_, loss_block_;
   bool recompute_;
   DType dtype_;
+  const SequenceParallel* sequence_;  // null: one rank
   ArenaSet arenas_;
   std::unique_ptr<ModelSet> models_;
   std::unique_ptr<HostBatch> batch_;
