@@ -1,6 +1,6 @@
-// The tokens of one microbatch as a rank sees them: S segments of L tokens, each a contiguous run of one sequence. A rank
-// that has sequences to itself holds S whole ones; where ranks share sequences (comm/sequence_layout.h), its segments of
-// them, sequence by sequence.
+// The tokens of one microbatch as a rank sees them: S segments of L tokens, each a contiguous run of one sequence. A
+// rank that has sequences to itself holds S whole ones; where ranks share sequences (comm/sequence_layout.h), its
+// segments of them, sequence by sequence.
 #pragma once
 
 #include "core/tensor.h"

@@ -15,9 +15,9 @@
 
 namespace deltapipe {
 
-/// What one microbatch keeps between the pieces. All tensors live in the activation arena. Index 0 of the vectors is the
-/// range's first layer. One object serves microbatch after microbatch, so that its lists take memory once and a step
-/// takes none.
+/// What one microbatch keeps between the pieces. All tensors live in the activation arena. Index 0 of the vectors is
+/// the range's first layer. One object serves microbatch after microbatch, so that its lists take memory once and a
+/// step takes none.
 struct MicrobatchState {
   TokenBatch batch;
   Tensor teacher;  // [T, D]: the teacher's hidden state; after the final norm where the range ends the model
