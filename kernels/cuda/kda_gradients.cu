@@ -505,11 +505,25 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
       mma(by_k[2 * h + 1], dm, b[2], b[3]);
     }
   }
-  // From the anchors to the tokens.
+  // dG, then the rows, from the anchors to the tokens. What a pair of tokens adds to dG at the later one it takes away
+  // at the earlier one, exactly, since both products use the same rounded operands: dg, a sum over the tokens after
+  // both, would otherwise keep the difference.
+  float2 dg[4][2];
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     const int x = channel + 8 * n;
     const float2 total = *reinterpret_cast<const float2*>(s.total + block * K + x);
+    const float2 back = {exact ? 1.0f : exp2_fast(-total.x), exact ? 1.0f : exp2_fast(-total.y)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int from = piece_offset<K>(rows[h], 4 * part + n) + lane % 4 * 4;
+      const auto qw = *reinterpret_cast<const std::uint32_t*>(s.qp + from);
+      const auto bw = *reinterpret_cast<const std::uint32_t*>(s.bp + from);
+      const auto kw = *reinterpret_cast<const std::uint32_t*>(s.kt + from);
+      dg[n][h].x = back.x * (low(qw) * by_q[n][2 * h] + low(bw) * by_b[n][2 * h] - low(kw) * by_k[n][2 * h]);
+      dg[n][h].y =
+          back.y * (high(qw) * by_q[n][2 * h + 1] + high(bw) * by_b[n][2 * h + 1] - high(kw) * by_k[n][2 * h + 1]);
+    }
     const float2 end = *reinterpret_cast<const float2*>(s.c + (16 * block + 15) * Shared<K>::row + x);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -542,11 +556,24 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
         by_b[n][e] += pairs[1][n][e];
         by_k[n][e] += pairs[2][n][e];
       }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (rows[h] >= at.tokens) continue;
+        const std::size_t word =
+            at.first * (K / 2) + static_cast<std::size_t>(rows[h]) * p.heads * (K / 2) + channel / 2 + 4 * n;
+        const std::uint32_t qw = reinterpret_cast<const std::uint32_t*>(p.q)[word];
+        const std::uint32_t kw = reinterpret_cast<const std::uint32_t*>(p.k)[word];
+        const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]];
+        const float(&x)[3][4][4] = pairs;
+        dg[n][h].x += low(qw) * rq * x[0][n][2 * h] + low(kw) * rk * (beta * x[1][n][2 * h] - x[2][n][2 * h]);
+        dg[n][h].y +=
+            high(qw) * rq * x[0][n][2 * h + 1] + high(kw) * rk * (beta * x[1][n][2 * h + 1] - x[2][n][2 * h + 1]);
+      }
     }
   }
   __syncthreads();  // nobody reads the states, qp or bp any more
 
-  // dq, dk of the normalised vectors into by_q, by_k; dG; sums over channels.
+  // dq, dk of the normalised vectors into by_q, by_k; sums over channels.
   const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
   std::uint32_t q[4][2], k[4][2];
   float sums[2][3] = {};
@@ -565,21 +592,18 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
     const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]], diagonal = s.diagonal[rows[h]];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      float2 dg;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float qx = (e ? high(q[n][h]) : low(q[n][h])) * rq, kx = (e ? high(k[n][h]) : low(k[n][h])) * rk;
         float &bq = by_q[n][2 * h + e], &bk = by_k[n][2 * h + e];
         const float bb = by_b[n][2 * h + e];
-        const float dx = qx * bq + kx * (beta * bb - bk);
-        (e ? dg.y : dg.x) = dx;
         bq += diagonal * kx;
         bk += beta * bb + diagonal * qx;
         sums[h][0] += kx * bb;
         sums[h][1] += qx * bq;
         sums[h][2] += kx * bk;
       }
-      *reinterpret_cast<float2*>(s.dg + rows[h] * Shared<K>::row + channel + 8 * n) = dg;
+      *reinterpret_cast<float2*>(s.dg + rows[h] * Shared<K>::row + channel + 8 * n) = dg[n][h];
     }
   }
 #pragma unroll
@@ -606,10 +630,10 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int to = piece_offset<K>(rows[h], 4 * part + n) + lane % 4 * 4;
-      *reinterpret_cast<std::uint32_t*>(s.qp + to) = pack(scale * by_q[n][2 * h] + minus_q * rq * low(q[n][h]),
-                                                          scale * by_q[n][2 * h + 1] + minus_q * rq * high(q[n][h]));
-      *reinterpret_cast<std::uint32_t*>(s.bp + to) = pack(rk * by_k[n][2 * h] + minus_k * rk * low(k[n][h]),
-                                                          rk * by_k[n][2 * h + 1] + minus_k * rk * high(k[n][h]));
+      *reinterpret_cast<std::uint32_t*>(s.qp + to) = pack(scale * by_q[n][2 * h] + minus_q * low(q[n][h]),
+                                                          scale * by_q[n][2 * h + 1] + minus_q * high(q[n][h]));
+      *reinterpret_cast<std::uint32_t*>(s.bp + to) = pack(rk * by_k[n][2 * h] + minus_k * low(k[n][h]),
+                                                          rk * by_k[n][2 * h + 1] + minus_k * high(k[n][h]));
     }
   }
   if (thread < 2 * K) {

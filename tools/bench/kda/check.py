@@ -102,34 +102,33 @@ def all_cases(lib):
     """-> rows, whether everything was within tolerance. Errors are printed in thousandths."""
     rows, ok = [], True
     torch.manual_seed(torch.seed() % (1 << 31))
-    plan = []
+    plan = []  # (name, tokens a chunk of the truth or 0: token by token, shape and regime)
     for K in (128, 64):
         for L in (1, 63, 64, 65, 130):
-            plan.append((f'K {K}, length {L}', 0, dict(S=2, L=L, H=3, K=K)))
+            plan.append((f'K {K}, length {L}', 0 if L < 100 else 32, dict(S=2, L=L, H=3, K=K)))
         plan += [
-            (f'K {K}, length 1000', 0, dict(S=1, L=1000, H=2, K=K)),
-            (f'K {K}, no states', 0, dict(S=2, L=200, H=3, K=K, states=False)),
-            (f'K {K}, bounded gate', 0, dict(S=1, L=400, H=3, K=K, bound=-5.0)),
-            (f'K {K}, bounded gate, fast', 0, dict(S=1, L=300, H=3, K=K, bound=-5.0, f_mean=20.0, f_scale=2.0)),
-            (f'K {K}, packed documents', 0, dict(S=2, L=400, H=3, K=K, dt_mean=-6.0,
-                                                 starts=[[-7, 3, 16, 17, 40, 64, 70, 128, 200, 255, 256, 399],
-                                                         [0, 31, 33, 65, 320]])),
-            (f'K {K}, decay near none', 0, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0)),
-            (f'K {K}, fast decay', 0, dict(S=1, L=300, H=2, K=K, dt_mean=30.0, f_scale=5.0)),
-            (f'K {K}, decay from none to total', 0, dict(S=1, L=300, H=2, K=K, dt_mean=0.0, f_scale=40.0)),
-            (f'K {K}, beta near 0', 0, dict(S=1, L=300, H=2, K=K, b_mean=-8.0)),
-            (f'K {K}, beta near 1', 0, dict(S=1, L=300, H=2, K=K, b_mean=12.0)),
-            (f'K {K}, beta near 1, decay near none', 0, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0, b_mean=12.0)),
-            (f'K {K}, keys alike', 0, dict(S=1, L=300, H=2, K=K, dt_mean=-6.0, same_keys=1.0)),
+            (f'K {K}, length 1000', 32, dict(S=1, L=1000, H=2, K=K)),
+            (f'K {K}, no states', 32, dict(S=2, L=200, H=3, K=K, states=False)),
+            (f'K {K}, bounded gate', 32, dict(S=1, L=400, H=3, K=K, bound=-5.0)),
+            (f'K {K}, bounded gate, fast', 32, dict(S=1, L=300, H=3, K=K, bound=-5.0, f_mean=20.0, f_scale=2.0)),
+            (f'K {K}, packed documents', 0, dict(S=2, L=270, H=3, K=K, dt_mean=-6.0,
+                                                 starts=[[-7, 3, 16, 17, 40, 64, 70, 128, 200, 255, 256, 269],
+                                                         [0, 31, 33, 65, 220]])),
+            (f'K {K}, decay near none', 32, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0)),
+            (f'K {K}, fast decay', 32, dict(S=1, L=300, H=2, K=K, dt_mean=30.0, f_scale=5.0)),
+            (f'K {K}, decay from none to total', 32, dict(S=1, L=300, H=2, K=K, dt_mean=0.0, f_scale=40.0)),
+            (f'K {K}, beta near 0', 32, dict(S=1, L=300, H=2, K=K, b_mean=-8.0)),
+            (f'K {K}, beta near 1', 32, dict(S=1, L=300, H=2, K=K, b_mean=12.0)),
+            (f'K {K}, beta near 1, decay near none', 32, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0, b_mean=12.0)),
+            (f'K {K}, keys alike', 32, dict(S=1, L=300, H=2, K=K, dt_mean=-6.0, same_keys=1.0)),
         ]
     plan += [('length 4096', 32, dict(S=1, L=4096, H=2, K=128)),
              ('length 4096, bounded gate', 32, dict(S=1, L=4096, H=2, K=128, bound=-5.0)),
-             ('length 32768, decay near none', 32, dict(S=1, L=32768, H=1, K=128, dt_mean=-15.0)),
-             ('length 32768', 32, dict(S=1, L=32768, H=2, K=128))]
+             ('length 32768, decay near none', 32, dict(S=1, L=32768, H=2, K=128, dt_mean=-15.0))]
     for name, chunk, shape in plan:
         x = case(**shape)
         ok &= expect(rows, name, run(lib, x), truth(x, chunk))
-    ok &= maps(lib, rows, case(S=3, L=300, H=2, K=128, dt_mean=-6.0), 'maps, K 128')
+    ok &= maps(lib, rows, case(S=3, L=140, H=2, K=128, dt_mean=-6.0), 'maps, K 128')
     ok &= maps(lib, rows, case(S=3, L=100, H=2, K=64, dt_mean=-6.0, starts=[[-1], [-4, 30, 64, 90], [0, 1]]),
                'maps, K 64, packed documents')
     x = case(S=2, L=500, H=4, K=128)

@@ -29,24 +29,24 @@ def recurrent(q, k, v, f, b, a_log, dt_bias, start, scale, bound, state):
 
 
 def chunked(q, k, v, f, b, a_log, dt_bias, scale, bound, state, chunk=32):
-    """The same for one document that spans every segment; length a multiple of `chunk`."""
-    S, L, H, K = q.shape
-    cut = lambda x: x.reshape(S, L // chunk, chunk, H, -1).permute(1, 0, 3, 2, 4)  # [N, S, H, C, .]
-    q, k, g = cut(normalise(q)), cut(normalise(k)), cut(gate(f, a_log, dt_bias, bound))
-    v, beta = cut(v), cut(torch.sigmoid(b)[..., None])
+    """The same for one document that spans every segment."""
+    rows = lambda x: x.transpose(1, 2)  # [S, H, L, .]
+    q, k, g = rows(normalise(q)), rows(normalise(k)), rows(gate(f, a_log, dt_bias, bound))
+    v, beta = rows(v), rows(torch.sigmoid(b)[..., None])
     lower = torch.tril(torch.ones(chunk, chunk, device=q.device, dtype=torch.bool))
     eye = torch.eye(chunk, device=q.device, dtype=q.dtype)
     out, s = [], state
-    for n in range(L // chunk):
-        G = g[n].cumsum(-2)
-        D = (G[..., :, None, :] - G[..., None, :, :]).masked_fill(~lower[:, :, None], float('-inf')).exp()
-        kd = k[n][..., None, :, :] * D
-        M = beta[n] * torch.einsum('shix,shijx->shij', k[n], kd) * (lower & ~eye.bool())
-        Aqk = torch.einsum('shix,shijx->shij', q[n], kd)
-        rhs = beta[n] * (v[n] - (k[n] * G.exp()) @ s)
-        new = torch.linalg.solve_triangular(eye + M, rhs, upper=False, unitriangular=True)
-        out.append(scale * ((q[n] * G.exp()) @ s + Aqk @ new))
+    for qn, kn, vn, gn, bn in zip(*(x.split(chunk, 2) for x in (q, k, v, g, beta))):
+        n = qn.shape[2]
+        low, one = lower[:n, :n], eye[:n, :n]
+        G = gn.cumsum(-2)
+        D = (G[..., :, None, :] - G[..., None, :, :]).masked_fill(~low[:, :, None], float('-inf')).exp()
+        kd = kn[..., None, :, :] * D
+        M = bn * torch.einsum('shix,shijx->shij', kn, kd) * (low & ~one.bool())
+        Aqk = torch.einsum('shix,shijx->shij', qn, kd)
+        rhs = bn * (vn - (kn * G.exp()) @ s)
+        new = torch.linalg.solve_triangular(one + M, rhs, upper=False, unitriangular=True)
+        out.append(scale * ((qn * G.exp()) @ s + Aqk @ new))
         end = G[..., -1:, :]
-        s = end.exp().transpose(-1, -2) * s + (k[n] * (end - G).exp()).transpose(-1, -2) @ new
-    o = torch.stack(out)  # [N, S, H, C, V]
-    return o.permute(1, 0, 3, 2, 4).reshape(S, L, H, -1), s
+        s = end.exp().transpose(-1, -2) * s + (kn * (end - G).exp()).transpose(-1, -2) @ new
+    return torch.cat(out, 2).transpose(1, 2), s
