@@ -19,8 +19,8 @@ inline constexpr int chunk_tokens = 64;
 inline constexpr int block_tokens = 16;
 inline constexpr float log2e = 1.4426950408889634f;
 inline constexpr float ln2 = 0.6931471805599453f;
-/// 2^80 times a key, a sum of 16 terms or a factor 2^-80 is a normal float.
-inline constexpr float range_limit = 80.0f;
+/// 2^109 times a key and 2^-109 times one are normal floats. A gate bounded at -5 stays within: 15 * 5 * log2 e = 108.2.
+inline constexpr float range_limit = 109.0f;
 
 /// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row r
 /// at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
@@ -145,6 +145,10 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+/// Contiguous global memory into the second-level cache; size and address: multiples of 16.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void pair_sync(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
 __device__ __forceinline__ void pair_arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
 
@@ -171,29 +175,48 @@ __device__ __forceinline__ int block_offset_right(int row, int column, int lane)
 
 // ---------------------------------------------------------------- gate
 
-/// A head's gate in log2 units: standard (bound == 0): g = -rate softplus(x), else bound * sigmoid(rate * x).
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-x * log2e)); }
+
+/// A head's gate: g = -rate softplus(x), or when bounded g = bound sigmoid(rate x), with x = f + dt_bias.
+template <bool bounded>
 struct Gate {
   float rate, bound;
-  __device__ __forceinline__ static float softplus(float x) {
-    const float y = exp2_fast(-fabsf(x) * log2e);  // in (0, 1]
-    // log(1 + y) loses a small y; 1e-3 keeps the series' fourth term below 2^-24 of the first.
-    const float l = y < 1e-3f ? y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f)) : __logf(1.0f + y);
-    return fmaxf(x, 0.0f) + l;
+
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the first.
+  __device__ __forceinline__ static float log2_1p(float y) {
+    const float series = log2e * y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f));
+    return y < 1e-3f ? series : log2_fast(1.0f + y);
   }
-  __device__ __forceinline__ static float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * log2e)); }
+  /// g in log2 units.
   __device__ __forceinline__ float log2_decay(float x) const {
-    return bound == 0.0f ? -rate * log2e * softplus(x) : bound * log2e * sigmoid(rate * x);
-  }
-  /// From dg (with respect to g in natural units): df; adds this element's part of da_log.
-  __device__ __forceinline__ float backward(float x, float dg, float& da) const {
-    if (bound == 0.0f) {
-      da -= rate * softplus(x) * dg;
-      return -rate * sigmoid(x) * dg;
+    if constexpr (bounded) {
+      return bound * log2e * sigmoid(rate * x);
+    } else {
+      return -rate * (fmaxf(x, 0.0f) * log2e + log2_1p(exp2_fast(-fabsf(x) * log2e)));
     }
-    const float y = exp2_fast(-fabsf(rate * x) * log2e);
-    const float d = bound * rate * __fdividef(y, (1.0f + y) * (1.0f + y)) * dg;
-    da += d * x;
-    return d;
+  }
+  /// df from dg, in natural units; adds this element's part of da_log.
+  __device__ __forceinline__ float backward(float x, float dg, float& da) const {
+    if constexpr (bounded) {
+      const float y = exp2_fast(-fabsf(rate * x) * log2e), r = reciprocal(1.0f + y);
+      const float d = bound * rate * y * r * r * dg;
+      da += d * x;
+      return d;
+    } else {
+      const float y = exp2_fast(-fabsf(x) * log2e), r = reciprocal(1.0f + y), by_rate = -rate * dg;
+      da += by_rate * (fmaxf(x, 0.0f) + ln2 * log2_1p(y));
+      return by_rate * (x >= 0.0f ? r : y * r);
+    }
   }
 };
 
@@ -203,10 +226,16 @@ struct Gate {
 struct Tokens {
   float partial[4][2][32];  // sums of squares: block, half of the channels, then 16 of q and 16 of k
   float rq[chunk_tokens], rk[chunk_tokens], beta[chunk_tokens];
-  int begins[chunk_tokens];   // the token starts a document
+  unsigned begins[2];         // a bit a token: it starts a document
   int origin[chunk_tokens];   // first token of the block, in the chunk, that is in the token's document
   int exact[4];               // the block needs the exact path
+
+  /// The bits of a block's 16 tokens.
+  __device__ __forceinline__ unsigned starts(int block) const { return begins[block / 2] >> (block % 2 * 16) & 0xffffu; }
 };
+/// With the bits of a block: no document starts after its first token up to token i; none after token i.
+__device__ __forceinline__ bool reached(unsigned starts, int i) { return (starts & ((2u << i) - 2u)) == 0; }
+__device__ __forceinline__ bool reaches(unsigned starts, int i) { return starts >> (i + 1) == 0; }
 
 /// What a thread owns of a chunk: two neighbouring channels of one block's 16 tokens. 2 K threads own it all.
 template <int K>
@@ -243,6 +272,22 @@ __device__ __forceinline__ void load_share(std::uint32_t (&x)[16], const std::ui
   for (int i = 0; i < 16; ++i) x[i] = own.block * 16 + i < at.tokens ? words[i * row] : 0u;
 }
 
+/// After it, lane l's x[0] is the sum over the warp of what was in x[l].
+__device__ __forceinline__ void sum_over_warp(float (&x)[32], int lane) {
+#pragma unroll
+  for (int power = 0; power < 5; ++power) {
+    constexpr int first = 16;
+    const int step = first >> power;
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < first; ++i) {
+      if (i >= step) continue;
+      const float give = upper ? x[i] : x[i + step], keep = upper ? x[i + step] : x[i];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, step);
+    }
+  }
+}
+
 /// Fills s.partial from the thread's words of q and k; a barrier, then finish_tokens.
 template <int K>
 __device__ __forceinline__ void sum_squares(Tokens& s, const std::uint32_t (&q)[16], const std::uint32_t (&k)[16],
@@ -253,16 +298,42 @@ __device__ __forceinline__ void sum_squares(Tokens& s, const std::uint32_t (&q)[
     x[i] = low(q[i]) * low(q[i]) + high(q[i]) * high(q[i]);
     x[16 + i] = low(k[i]) * low(k[i]) + high(k[i]) * high(k[i]);
   }
-#pragma unroll
-  for (int step = 16; step >= 1; step /= 2) {  // after the last step lane l holds the sum of x[l] over the warp
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < step; ++i) {
-      const float give = upper ? x[i] : x[i + step], keep = upper ? x[i + step] : x[i];
-      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, step);
-    }
-  }
+  sum_over_warp(x, lane);
   s.partial[own.block][own.pair / 32][lane] = x[0];
+}
+
+/// g, in log2 units, of the thread's tokens; 0 beyond the segment's end.
+template <int K, bool bounded>
+__device__ __forceinline__ void gate_values(const std::uint32_t (&f)[16], const Gate<bounded>& gate, float2 bias,
+                                            int live, float (&g)[16][2]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float g0 = gate.log2_decay(low(f[i]) + bias.x), g1 = gate.log2_decay(high(f[i]) + bias.y);
+    g[i][0] = i < live ? g0 : 0.0f;
+    g[i][1] = i < live ? g1 : 0.0f;
+  }
+}
+/// c (see above) of the thread's channels in place of g, and g of the block's first token: minus infinity where a
+/// document starts.
+template <int K>
+__device__ __forceinline__ void cumulate(const Problem& p, const Place& at, const Tokens& t, const Share<K>& own,
+                                         const std::uint32_t (&f)[16], float (&c)[16][2], float (&g_first)[2]) {
+  const float rate = expf(p.a_log[at.head]);
+  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
+  const int live = at.tokens - own.block * 16;
+  if (p.gate_lower_bound == 0.0f) {
+    gate_values<K>(f, Gate<false>{rate, 0.0f}, bias, live, c);
+  } else {
+    gate_values<K>(f, Gate<true>{rate, p.gate_lower_bound}, bias, live, c);
+  }
+  const unsigned starts = t.starts(own.block);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    g_first[e] = starts & 1u ? -INFINITY : c[0][e];
+    c[0][e] = 0.0f;
+#pragma unroll
+    for (int i = 1; i < 16; ++i) c[i][e] = starts >> i & 1u ? 0.0f : c[i - 1][e] + c[i][e];
+  }
 }
 
 /// thread in [0, 64): what needs no q or k. A barrier follows.
@@ -270,8 +341,10 @@ __device__ __forceinline__ void load_tokens(Tokens& s, const Problem& p, const P
   const bool live = thread < at.tokens;
   const std::size_t row = at.first + static_cast<std::size_t>(thread) * p.heads;
   const int token = at.chunk * chunk_tokens + thread;
-  s.beta[thread] = live ? Gate::sigmoid(__uint_as_float(static_cast<std::uint32_t>(p.b[row]) << 16)) : 0.0f;
-  s.begins[thread] = live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token;
+  s.beta[thread] = live ? sigmoid(__uint_as_float(static_cast<std::uint32_t>(p.b[row]) << 16)) : 0.0f;
+  const unsigned starts = __ballot_sync(
+      0xffffffffu, live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token);
+  s.begins[thread / 32] = starts;
   if (thread < 4) s.exact[thread] = 0;
 }
 
@@ -288,7 +361,7 @@ __device__ __forceinline__ void finish_tokens(Tokens& s, int thread) {
   s.rk[thread] = rsqrtf(k + 1e-6f);
   int origin = block * 16;
   for (int j = block * 16 + 1; j <= thread; ++j) {
-    if (s.begins[j]) origin = j;
+    if (s.begins[j / 32] >> (j % 32) & 1u) origin = j;
   }
   s.origin[thread] = origin;
 }

@@ -65,42 +65,28 @@ __device__ __forceinline__ void build_operands(const Problem& p, const Place& at
   group_sync<2 * K>(1);
   if (thread < 64) finish_tokens<K>(t, thread);
   group_sync<2 * K>(1);
-  const Gate gate{expf(p.a_log[at.head]), p.gate_lower_bound};
-  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
   const int first = own.block * 16, x = 2 * own.pair;
-  float c[16][2], g_first[2] = {0.0f, 0.0f};
+  float c[16][2], g_first[2];
+  cumulate<K>(p, at, t, own, f, c, g_first);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    float g0 = 0.0f, g1 = 0.0f;
-    if (first + i < at.tokens) {
-      g0 = gate.log2_decay(low(f[i]) + bias.x);
-      g1 = gate.log2_decay(high(f[i]) + bias.y);
-    }
-    const bool begins = t.begins[first + i];
-    if (i == 0) {
-      g_first[0] = begins ? -INFINITY : g0;
-      g_first[1] = begins ? -INFINITY : g1;
-      c[0][0] = c[0][1] = 0.0f;
-    } else {
-      c[i][0] = begins ? 0.0f : c[i - 1][0] + g0;
-      c[i][1] = begins ? 0.0f : c[i - 1][1] + g1;
-    }
     *reinterpret_cast<float2*>(s.c + (first + i) * Shared<K>::row + x) = {c[i][0], c[i][1]};
   }
-  const int last = t.origin[first + 15];
-  const float total0 = last == first ? c[15][0] : -INFINITY, total1 = last == first ? c[15][1] : -INFINITY;
+  const unsigned starts = t.starts(own.block);
+  const bool whole = reached(starts, 15);
+  const float total0 = whole ? c[15][0] : -INFINITY, total1 = whole ? c[15][1] : -INFINITY;
   if (total0 < -range_limit || total1 < -range_limit) t.exact[own.block] = 1;
   *reinterpret_cast<float2*>(s.g_first + own.block * K + x) = {g_first[0], g_first[1]};
   *reinterpret_cast<float2*>(s.total + own.block * K + x) = {total0, total1};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int token = first + i;
-    const bool reached = t.origin[token] == first, reaches = token >= last;
+    const bool before = reached(starts, i), after = reaches(starts, i);
     const float rq = p.scale * t.rq[token], rk = t.rk[token], beta = t.beta[token];
     const float k0 = low(k[i]) * rk, k1 = high(k[i]) * rk;
-    const float d0 = reached ? exp2_fast(c[i][0]) : 0.0f, d1 = reached ? exp2_fast(c[i][1]) : 0.0f;
-    const float e0 = reaches ? exp2_fast(c[15][0] - c[i][0]) : 0.0f;
-    const float e1 = reaches ? exp2_fast(c[15][1] - c[i][1]) : 0.0f;
+    const float d0 = before ? exp2_fast(c[i][0]) : 0.0f, d1 = before ? exp2_fast(c[i][1]) : 0.0f;
+    const float e0 = after ? exp2_fast(c[15][0] - c[i][0]) : 0.0f;
+    const float e1 = after ? exp2_fast(c[15][1] - c[i][1]) : 0.0f;
     const int to = piece_offset<K>(token, own.pair / 4) + own.pair % 4 * 4;
     *reinterpret_cast<std::uint32_t*>(s.qp + to) = pack(low(q[i]) * rq * d0, high(q[i]) * rq * d1);
     *reinterpret_cast<std::uint32_t*>(s.bp + to) = pack(beta * k0 * d0, beta * k1 * d1);
@@ -260,17 +246,16 @@ __device__ __noinline__ void add_exact_pairs(const Problem& p, const Place& at, 
 /// dg by token, then df and this chunk's sums of the gate's parameters. threads: 2 K.
 template <int K>
 __device__ __forceinline__ void gate_gradients(const Problem& p, const Place& at, Shared<K>& s, const Gradients& out,
-                                               float* sums, int thread) {
+                                               float* sums, int thread, const std::uint32_t (&f)[16]) {
   const Tokens& t = s.tokens;
   const Share<K> own(thread);
   const int first = own.block * 16, x = 2 * own.pair;
-  std::uint32_t f[16];
-  load_share<K>(f, p.f, p, at, own);
+  const unsigned starts = t.starts(own.block);
   float local0 = 0.0f, local1 = 0.0f;
 #pragma unroll
   for (int i = 15; i >= 0; --i) {
     const float2 d = *reinterpret_cast<const float2*>(s.dg + (first + i) * Shared<K>::row + x);
-    const bool begins = t.begins[first + i];
+    const bool begins = starts >> i & 1u;
     local0 = begins ? 0.0f : local0 + d.x;
     local1 = begins ? 0.0f : local1 + d.y;
   }
@@ -290,31 +275,38 @@ __device__ __forceinline__ void gate_gradients(const Problem& p, const Place& at
 #pragma unroll
   for (int b = 3; b > 0; --b) {
     if (b <= own.block) break;
-    const bool cut = t.begins[16 * b] || t.origin[16 * b + 15] != 16 * b;
+    const bool cut = t.starts(b) != 0;
     run0 = s.outgoing[b][x] + (cut ? 0.0f : run0);
     run1 = s.outgoing[b][x + 1] + (cut ? 0.0f : run1);
   }
-  const Gate gate{expf(p.a_log[at.head]), p.gate_lower_bound};
+  const float rate = expf(p.a_log[at.head]);
   const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
   auto* df = reinterpret_cast<std::uint32_t*>(out.df) +
              (at.first + static_cast<std::size_t>(first) * p.heads) * (K / 2) + own.pair;
   const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
   float da = 0.0f, bias0 = 0.0f, bias1 = 0.0f;
+  const auto walk = [&](const auto& gate) {
 #pragma unroll
-  for (int i = 15; i >= 0; --i) {
-    const float2 d = *reinterpret_cast<const float2*>(s.dg + (first + i) * Shared<K>::row + x);
-    const bool begins = t.begins[first + i];
-    run0 += d.x;
-    run1 += d.y;
-    if (first + i < at.tokens) {
-      const float y0 = gate.backward(low(f[i]) + bias.x, begins ? 0.0f : run0, da);
-      const float y1 = gate.backward(high(f[i]) + bias.y, begins ? 0.0f : run1, da);
-      df[i * stride] = pack(y0, y1);
-      bias0 += y0;
-      bias1 += y1;
+    for (int i = 15; i >= 0; --i) {
+      const float2 d = *reinterpret_cast<const float2*>(s.dg + (first + i) * Shared<K>::row + x);
+      const bool begins = starts >> i & 1u;
+      run0 += d.x;
+      run1 += d.y;
+      if (first + i < at.tokens) {
+        const float y0 = gate.backward(low(f[i]) + bias.x, begins ? 0.0f : run0, da);
+        const float y1 = gate.backward(high(f[i]) + bias.y, begins ? 0.0f : run1, da);
+        df[i * stride] = pack(y0, y1);
+        bias0 += y0;
+        bias1 += y1;
+      }
+      run0 = begins ? 0.0f : run0;
+      run1 = begins ? 0.0f : run1;
     }
-    run0 = begins ? 0.0f : run0;
-    run1 = begins ? 0.0f : run1;
+  };
+  if (p.gate_lower_bound == 0.0f) {
+    walk(Gate<false>{rate, 0.0f});
+  } else {
+    walk(Gate<true>{rate, p.gate_lower_bound});
   }
 #pragma unroll
   for (int step = 16; step >= 1; step /= 2) da += __shfl_xor_sync(0xffffffffu, da, step);
@@ -331,23 +323,36 @@ __device__ __forceinline__ void gate_gradients(const Problem& p, const Place& at
   }
 }
 
+/// The words of v that value_gradients needs.
+template <int K>
+__device__ __forceinline__ void load_values(std::uint32_t (&v)[16], const Problem& p, const Place& at, int thread) {
+  const int warp = thread / 32, lane = thread % 32, block = warp % 4, part = warp / 4;
+  const auto* words = reinterpret_cast<const std::uint32_t*>(p.v) + at.first * (K / 2) + lane % 4;
+  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
+#pragma unroll
+  for (int n = 0; n < 16; ++n) {
+    const int r = 16 * block + lane / 4 + (n & 1) * 8, piece = 2 * (4 * part + n / 4) + n / 2 % 2;
+    v[n] = r < at.tokens ? words[r * stride + piece * 4] : 0u;
+  }
+}
+
 /// dv (into s.d_o) and y . v of every token. threads: 2 K.
 template <int K>
-__device__ __forceinline__ void value_gradients(const Problem& p, const Place& at, Shared<K>& s, int thread) {
+__device__ __forceinline__ void value_gradients(const Place& at, Shared<K>& s, int thread,
+                                                const std::uint32_t (&v)[16]) {
   const int warp = thread / 32, lane = thread % 32, block = warp % 4, part = warp / 4;
   const Tokens& t = s.tokens;
   const int r0 = 16 * block + lane / 4, r1 = r0 + 8;
-  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
-  const auto* v = reinterpret_cast<const std::uint32_t*>(p.v) + at.first * (K / 2) + lane % 4;
   float dot0 = 0.0f, dot1 = 0.0f;
 #pragma unroll
-  for (int n = 4 * part; n < 4 * part + 4; ++n) {
+  for (int group = 0; group < 4; ++group) {
+    const int n = 4 * part + group;
     std::uint32_t y[4];  // tokens r0, r1, r0, r1; columns 16 n + 2 (lane % 4), and 8 further
     load_matrices_transposed(y, tiles_address<false>(s.minus_y, 8, 2 * n, 2 * block, lane));
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int r = m & 1 ? r1 : r0, piece = 2 * n + m / 2;
-      const std::uint32_t w = r < at.tokens ? v[r * stride + piece * 4] : 0u;
+      const std::uint32_t w = v[4 * group + m];
       float& dot = m & 1 ? dot1 : dot0;
       dot -= low(y[m]) * low(w) + high(y[m]) * high(w);
       const float beta = -t.beta[r];
@@ -367,7 +372,8 @@ __device__ __forceinline__ void value_gradients(const Problem& p, const Place& a
 }
 
 template <int K>
-__global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, const ChunkGradients io, int chunks) {
+__global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, const ChunkGradients io, int chunks,
+                                                               int ahead) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<Shared<K>*>(memory);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -385,6 +391,25 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
     barrier_expect(&s.states_full, 2 * states);
     bulk_copy(s.state, io.states + slot * K * K, states, &s.states_full);
     bulk_copy(s.dstate, io.dstates + slot * K * K, states, &s.states_full);
+  }
+  // What the block after the next wave's start reads, into the second-level cache.
+  if (const int next = blockIdx.x + ahead; next < static_cast<int>(gridDim.x)) {
+    const Place to(p, chunks, next);
+    const std::size_t there = to.slot(p, chunks);
+    if (thread == 32) {
+      prefetch(io.v_new + there * K * chunk_tokens, K * chunk_tokens * 2);
+      prefetch(io.minus_y + there * K * chunk_tokens, K * chunk_tokens * 2);
+      prefetch(io.states + there * K * K, K * K * 2);
+      prefetch(io.dstates + there * K * K, K * K * 2);
+    }
+    if (thread >= 2 * K && thread < 2 * K + to.tokens) {
+      const std::size_t from = (to.first + static_cast<std::size_t>(thread - 2 * K) * p.heads) * K;
+      prefetch(p.q + from, 2 * K);
+      prefetch(p.k + from, 2 * K);
+      prefetch(p.f + from, 2 * K);
+      prefetch(p.v + from, 2 * K);
+      prefetch(io.d_o + from, 2 * K);
+    }
   }
   __syncthreads();
   if (thread < 2 * K) {
@@ -505,6 +530,18 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
       mma(by_k[2 * h + 1], dm, b[2], b[3]);
     }
   }
+  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
+  std::uint32_t q[4][2], k[4][2];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool live = rows[h] < at.tokens;
+      const std::size_t word = at.first * (K / 2) + rows[h] * stride + channel / 2 + 4 * n;
+      q[n][h] = live ? reinterpret_cast<const std::uint32_t*>(p.q)[word] : 0u;
+      k[n][h] = live ? reinterpret_cast<const std::uint32_t*>(p.k)[word] : 0u;
+    }
+  }
   // dG, then the rows, from the anchors to the tokens. What a pair of tokens adds to dG at the later one it takes away
   // at the earlier one, exactly, since both products use the same rounded operands: dg, a sum over the tokens after
   // both, would otherwise keep the difference.
@@ -520,9 +557,10 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
       const auto qw = *reinterpret_cast<const std::uint32_t*>(s.qp + from);
       const auto bw = *reinterpret_cast<const std::uint32_t*>(s.bp + from);
       const auto kw = *reinterpret_cast<const std::uint32_t*>(s.kt + from);
-      dg[n][h].x = back.x * (low(qw) * by_q[n][2 * h] + low(bw) * by_b[n][2 * h] - low(kw) * by_k[n][2 * h]);
-      dg[n][h].y =
-          back.y * (high(qw) * by_q[n][2 * h + 1] + high(bw) * by_b[n][2 * h + 1] - high(kw) * by_k[n][2 * h + 1]);
+      dg[n][h].x = back.x * low(qw) * by_q[n][2 * h] + back.x * low(bw) * by_b[n][2 * h] -
+                   back.x * low(kw) * by_k[n][2 * h];
+      dg[n][h].y = back.y * high(qw) * by_q[n][2 * h + 1] + back.y * high(bw) * by_b[n][2 * h + 1] -
+                   back.y * high(kw) * by_k[n][2 * h + 1];
     }
     const float2 end = *reinterpret_cast<const float2*>(s.c + (16 * block + 15) * Shared<K>::row + x);
 #pragma unroll
@@ -533,9 +571,9 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
         in = {exp2_fast(c.x - total.x), exp2_fast(c.y - total.y)};
         out = {exp2_fast(-c.x), exp2_fast(-c.y)};
       } else {
-        const bool reached = t.origin[rows[h]] == 16 * block, reaches = rows[h] >= t.origin[16 * block + 15];
-        in = {reached ? exp2_fast(c.x) : 0.0f, reached ? exp2_fast(c.y) : 0.0f};
-        out = {reaches ? exp2_fast(end.x - c.x) : 0.0f, reaches ? exp2_fast(end.y - c.y) : 0.0f};
+        const bool before = t.origin[rows[h]] == 16 * block, after = rows[h] >= t.origin[16 * block + 15];
+        in = {before ? exp2_fast(c.x) : 0.0f, before ? exp2_fast(c.y) : 0.0f};
+        out = {after ? exp2_fast(end.x - c.x) : 0.0f, after ? exp2_fast(end.y - c.y) : 0.0f};
       }
       by_q[n][2 * h] *= in.x;
       by_q[n][2 * h + 1] *= in.y;
@@ -559,10 +597,7 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         if (rows[h] >= at.tokens) continue;
-        const std::size_t word =
-            at.first * (K / 2) + static_cast<std::size_t>(rows[h]) * p.heads * (K / 2) + channel / 2 + 4 * n;
-        const std::uint32_t qw = reinterpret_cast<const std::uint32_t*>(p.q)[word];
-        const std::uint32_t kw = reinterpret_cast<const std::uint32_t*>(p.k)[word];
+        const std::uint32_t qw = q[n][h], kw = k[n][h];
         const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]];
         const float(&x)[3][4][4] = pairs;
         dg[n][h].x += low(qw) * rq * x[0][n][2 * h] + low(kw) * rk * (beta * x[1][n][2 * h] - x[2][n][2 * h]);
@@ -572,21 +607,15 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
     }
   }
   __syncthreads();  // nobody reads the states, qp or bp any more
+  std::uint32_t late[16];  // f or v, for the last part
+  if (thread < 2 * K) {
+    load_share<K>(late, p.f, p, at, Share<K>(thread));
+  } else {
+    load_values<K>(late, p, at, thread - 2 * K);
+  }
 
   // dq, dk of the normalised vectors into by_q, by_k; sums over channels.
-  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K / 2);
-  std::uint32_t q[4][2], k[4][2];
   float sums[2][3] = {};
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const bool live = rows[h] < at.tokens;
-      const std::size_t word = at.first * (K / 2) + rows[h] * stride + channel / 2 + 4 * n;
-      q[n][h] = live ? reinterpret_cast<const std::uint32_t*>(p.q)[word] : 0u;
-      k[n][h] = live ? reinterpret_cast<const std::uint32_t*>(p.k)[word] : 0u;
-    }
-  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]], diagonal = s.diagonal[rows[h]];
@@ -637,9 +666,9 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
     }
   }
   if (thread < 2 * K) {
-    gate_gradients<K>(p, at, s, io.out, io.sums + slot * (K + 1), thread);
+    gate_gradients<K>(p, at, s, io.out, io.sums + slot * (K + 1), thread, late);
   } else {
-    value_gradients<K>(p, at, s, thread - 2 * K);
+    value_gradients<K>(at, s, thread - 2 * K, late);
   }
   __syncthreads();
   if (thread < at.tokens) {
@@ -697,8 +726,11 @@ cudaError_t launch(const Problem& p, const ChunkGradients& g, cudaStream_t strea
   const cudaError_t set = cudaFuncSetAttribute(gradients_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(sizeof(Shared<K>)));
   if (set != cudaSuccess) return set;
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   gradients_kernel<K>
-      <<<static_cast<unsigned>(p.head_chunks()), 4 * K, sizeof(Shared<K>), stream>>>(p, g, p.chunks());
+      <<<static_cast<unsigned>(p.head_chunks()), 4 * K, sizeof(Shared<K>), stream>>>(p, g, p.chunks(), processors);
   return cudaGetLastError();
 }
 

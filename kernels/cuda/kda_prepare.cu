@@ -30,35 +30,6 @@ struct Shared {
   Tokens tokens;
 };
 
-/// c (see kda_common.cuh) of the thread's channels and the log2 decay of the block's first token.
-template <int K>
-__device__ __forceinline__ void cumulate(const Problem& p, const Place& at, const Tokens& t, const Share<K>& own,
-                                         float (&c)[16][2], float (&g_first)[2]) {
-  std::uint32_t f[16];
-  load_share<K>(f, p.f, p, at, own);
-  const Gate gate{expf(p.a_log[at.head]), p.gate_lower_bound};
-  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int token = own.block * 16 + i;
-    float g0 = 0.0f, g1 = 0.0f;
-    if (token < at.tokens) {
-      g0 = gate.log2_decay(low(f[i]) + bias.x);
-      g1 = gate.log2_decay(high(f[i]) + bias.y);
-    }
-    if (i == 0) {
-      c[0][0] = c[0][1] = 0.0f;
-      const bool begins = t.begins[token];
-      g_first[0] = begins ? -INFINITY : g0;
-      g_first[1] = begins ? -INFINITY : g1;
-    } else {
-      const bool begins = t.begins[token];
-      c[i][0] = begins ? 0.0f : c[i - 1][0] + g0;
-      c[i][1] = begins ? 0.0f : c[i - 1][1] + g1;
-    }
-  }
-}
-
 /// Aqk and M of a block that needs the exact path.
 template <int K>
 __device__ void exact_block(const Problem& p, const Place& at, Shared<K>& s, int block, const Share<K>& own,
@@ -67,11 +38,12 @@ __device__ void exact_block(const Problem& p, const Place& at, Shared<K>& s, int
   const int row = Shared<K>::exact_row;
   __syncthreads();
   if (own.block == block) {
-    std::uint32_t q[16], k[16];
+    std::uint32_t q[16], k[16], f[16];
     float c[16][2], g_first[2];
     load_share<K>(q, p.q, p, at, own);
     load_share<K>(k, p.k, p, at, own);
-    cumulate<K>(p, at, t, own, c, g_first);
+    load_share<K>(f, p.f, p, at, own);
+    cumulate<K>(p, at, t, own, f, c, g_first);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const float rq = p.scale * t.rq[block * 16 + i], rk = t.rk[block * 16 + i];
@@ -89,6 +61,7 @@ __device__ void exact_block(const Problem& p, const Place& at, Shared<K>& s, int
     const int i = task / 16, j = task % 16, row_i = block * 16 + i, column = block * 16 + j;
     float by_q = 0.0f, by_k = 0.0f;
     if (j <= i && column >= t.origin[row_i]) {
+#pragma unroll 4
       for (int x = 0; x < K; ++x) {
         const float d = s.exact_k[j * row + x] * exp2_fast(s.exact_c[i * row + x] - s.exact_c[j * row + x]);
         by_q += s.exact_q[i * row + x] * d;
@@ -188,30 +161,31 @@ __global__ void __launch_bounds__(2 * K, K == 128 ? 2 : 4) prepare_kernel(const 
 
   float total[2], g_first[2];
   {
-    std::uint32_t q[16], k[16];
+    std::uint32_t q[16], k[16], f[16];
     load_share<K>(q, p.q, p, at, own);
     load_share<K>(k, p.k, p, at, own);
+    load_share<K>(f, p.f, p, at, own);
     sum_squares<K>(t, q, k, own, lane);
     if (thread < 64) load_tokens(t, p, at, thread);
     __syncthreads();
     if (thread < 64) finish_tokens<K>(t, thread);
     __syncthreads();
     float c[16][2];
-    cumulate<K>(p, at, t, own, c, g_first);
-    const bool whole = t.origin[own.block * 16 + 15] == own.block * 16;
+    cumulate<K>(p, at, t, own, f, c, g_first);
+    const unsigned starts = t.starts(own.block);
+    const bool whole = reached(starts, 15);
     total[0] = whole ? c[15][0] : -INFINITY;
     total[1] = whole ? c[15][1] : -INFINITY;
     if (total[0] < -range_limit || total[1] < -range_limit) t.exact[own.block] = 1;
-    const int last = t.origin[own.block * 16 + 15];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const int token = own.block * 16 + i, x = token * row + 2 * own.pair;
-      const bool reached = t.origin[token] == own.block * 16, reaches = token >= last;
+      const bool before = reached(starts, i), after = reaches(starts, i);
       const float rq = p.scale * t.rq[token], rk = t.rk[token];
       const float k0 = low(k[i]) * rk, k1 = high(k[i]) * rk;
-      const float d0 = reached ? exp2_fast(c[i][0]) : 0.0f, d1 = reached ? exp2_fast(c[i][1]) : 0.0f;
-      const float e0 = reaches ? exp2_fast(c[15][0] - c[i][0]) : 0.0f;
-      const float e1 = reaches ? exp2_fast(c[15][1] - c[i][1]) : 0.0f;
+      const float d0 = before ? exp2_fast(c[i][0]) : 0.0f, d1 = before ? exp2_fast(c[i][1]) : 0.0f;
+      const float e0 = after ? exp2_fast(c[15][0] - c[i][0]) : 0.0f;
+      const float e1 = after ? exp2_fast(c[15][1] - c[i][1]) : 0.0f;
       *reinterpret_cast<float2*>(s.qp + x) = {to_tf32(low(q[i]) * rq * d0), to_tf32(high(q[i]) * rq * d1)};
       *reinterpret_cast<float2*>(s.kp + x) = {to_tf32(k0 * d0), to_tf32(k1 * d1)};
       *reinterpret_cast<float2*>(s.kt + x) = {k0 * e0, k1 * e1};

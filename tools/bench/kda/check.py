@@ -1,14 +1,16 @@
 """Checks the CUDA kernels of KDA against float64: errors as RMS over RMS of the reference."""
-import math
-
 import torch
 
 import reference
 
 # Outputs and states, gradients of q, k, v and states, of the gate and beta, of the parameters: what this field accepts
-# of bf16 inputs.
+# of bf16 inputs. A da_log adds up signed terms and may come out near zero by chance, so its error is relative to the
+# root of the sum of their squares and its own size together.
 TOLERANCE = {'o': 5e-3, 'state': 5e-3, 'dq': 8e-3, 'dk': 8e-3, 'dv': 8e-3, 'dstate_in': 8e-3, 'df': 2e-2, 'db': 2e-2,
              'da_log': 8e-3, 'ddt_bias': 8e-3}
+# Nothing is ever forgotten and every write is whole: the roundings of hundreds of states and writes add up, in any
+# implementation with bf16 operands (run.py prints the peer's error beside ours).
+NEVER_FORGETS = {'o': 8e-3, 'state': 8e-3, 'dq': 1e-2, 'dk': 1e-2, 'dv': 1e-2, 'dstate_in': 1e-2}
 
 
 def error(a, b):
@@ -72,10 +74,24 @@ def run(lib, x):
     return out
 
 
-def expect(rows, name, got, want):
+def size_of_da_log(x, df):
+    """Root of the sum of squares of the terms of da_log, by head."""
+    z = x['f'].double() + x['dt_bias'].double()
+    if x['bound'] == 0:
+        terms = df * torch.nn.functional.softplus(z) / torch.sigmoid(z)
+    else:
+        terms = df * z
+    return terms.pow(2).sum((0, 1, 3)).sqrt()
+
+
+def expect(rows, name, got, want, x=None, tolerance=None):
     errors = {n: error(got[n], want[n]) for n in want}
+    limit = TOLERANCE | (tolerance or {})
+    if 'da_log' in want:
+        size = (size_of_da_log(x, want['df']).pow(2) + want['da_log'].pow(2)).mean().sqrt()
+        errors['da_log'] = ((got['da_log'].double() - want['da_log']).pow(2).mean().sqrt() / (size + 1e-30)).item()
     # Gradients that vanish (no incoming state) have nothing to be relative to.
-    bad = [n for n, e in errors.items() if not e <= TOLERANCE[n] and not (want[n].abs().max() < 1e-12 and
+    bad = [n for n, e in errors.items() if not e <= limit[n] and not (want[n].abs().max() < 1e-12 and
                                                                         got[n].abs().max() < 1e-6)]
     rows.append(dict(case=name, errors=errors, failed=bad))
     print(f'{name:<46s}' + ' '.join(f'{n}:{1e3 * e:.2f}' for n, e in errors.items()) +
@@ -127,7 +143,8 @@ def all_cases(lib):
              ('length 32768, decay near none', 32, dict(S=1, L=32768, H=2, K=128, dt_mean=-15.0))]
     for name, chunk, shape in plan:
         x = case(**shape)
-        ok &= expect(rows, name, run(lib, x), truth(x, chunk))
+        ok &= expect(rows, name, run(lib, x), truth(x, chunk), x,
+                     NEVER_FORGETS if 'beta near 1, decay near none' in name else None)
     ok &= maps(lib, rows, case(S=3, L=140, H=2, K=128, dt_mean=-6.0), 'maps, K 128')
     ok &= maps(lib, rows, case(S=3, L=100, H=2, K=64, dt_mean=-6.0, starts=[[-1], [-4, 30, 64, 90], [0, 1]]),
                'maps, K 64, packed documents')
