@@ -75,9 +75,9 @@ void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& s
   if (stream.is_dry()) return;
   const kda::Gradients out{bits(gradients.dq), bits(gradients.dk),       bits(gradients.dv),        bits(gradients.df),
                            bits(gradients.db), floats(gradients.da_log), floats(gradients.ddt_bias)};
-  check(kda::backward(p, floats(state_in), bits(d_o), floats(dstate_out), out, floats(dstate_in), memory,
-                      native(stream)),
-        "kda_backward");
+  check(
+      kda::backward(p, floats(state_in), bits(d_o), floats(dstate_out), out, floats(dstate_in), memory, native(stream)),
+      "kda_backward");
 }
 
 void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& m, const Tensor& e,

@@ -5,8 +5,8 @@
 // the block's first token (exclusive) to token i (inclusive), restarted where a document starts. Decays between blocks
 // are exponentials of sums over the tokens between them, so no exponent is positive, with one exception: a "plain"
 // block, one in which no document starts after its first token and no channel decays by more than 2^-range_limit, is
-// handled by a single product anchored at both its ends, whose rescaling factor 2^(-c_15) stays far inside float's range.
-// Other blocks take an exact path pair by pair.
+// handled by a single product anchored at both its ends, whose rescaling factor 2^(-c_15) stays far inside float's
+// range. Other blocks take an exact path pair by pair.
 #pragma once
 
 #include "kernels/cuda/kda_kernels.h"
@@ -19,23 +19,24 @@ inline constexpr int chunk_tokens = 64;
 inline constexpr int block_tokens = 16;
 inline constexpr float log2e = 1.4426950408889634f;
 inline constexpr float ln2 = 0.6931471805599453f;
-/// 2^109 times a key and 2^-109 times one are normal floats. A gate bounded at -5 stays within: 15 * 5 * log2 e = 108.2.
+/// 2^109 times a key and 2^-109 times one are normal floats. A gate bounded at -5 stays within: 15 * 5 * log2 e =
+/// 108.2.
 inline constexpr float range_limit = 109.0f;
 
-/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row r
-/// at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
+/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row
+/// r at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
 template <int K>
 struct Record {
   static constexpr int tile = chunk_tokens * K * 2;
   static constexpr int square = chunk_tokens * chunk_tokens * 2;
-  static constexpr int nbg = 0;                 // [64, K]  -beta k exp(G)
-  static constexpr int kg = tile;               // [64, K]  k exp(G_end - G)
-  static constexpr int a = 2 * tile;            // [64, 64] (I + M)^-1, blocks above the diagonal unspecified
-  static constexpr int decay = a + square;      // [K] fp32 exp(G_end)
-  static constexpr int beta = decay + 4 * K;    // [64] fp32
+  static constexpr int nbg = 0;               // [64, K]  -beta k exp(G)
+  static constexpr int kg = tile;             // [64, K]  k exp(G_end - G)
+  static constexpr int a = 2 * tile;          // [64, 64] (I + M)^-1, blocks above the diagonal unspecified
+  static constexpr int decay = a + square;    // [K] fp32 exp(G_end)
+  static constexpr int beta = decay + 4 * K;  // [64] fp32
   static constexpr int state_bytes = beta + 4 * chunk_tokens;  // what the state's own chain needs ends here
-  static constexpr int qg = 0;                  // after state_bytes: [64, K] scale q exp(G)
-  static constexpr int aqk = tile;              // [64, 64], blocks above the diagonal unspecified
+  static constexpr int qg = 0;                                 // after state_bytes: [64, K] scale q exp(G)
+  static constexpr int aqk = tile;                             // [64, 64], blocks above the diagonal unspecified
   static constexpr int output_bytes = tile + square;
   static constexpr int bytes = state_bytes + output_bytes;
 };
@@ -192,7 +193,8 @@ template <bool bounded>
 struct Gate {
   float rate, bound;
 
-  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the first.
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the
+  /// first.
   __device__ __forceinline__ static float log2_1p(float y) {
     const float series = log2e * y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f));
     return y < 1e-3f ? series : log2_fast(1.0f + y);
@@ -226,12 +228,14 @@ struct Gate {
 struct Tokens {
   float partial[4][2][32];  // sums of squares: block, half of the channels, then 16 of q and 16 of k
   float rq[chunk_tokens], rk[chunk_tokens], beta[chunk_tokens];
-  unsigned begins[2];         // a bit a token: it starts a document
-  int origin[chunk_tokens];   // first token of the block, in the chunk, that is in the token's document
-  int exact[4];               // the block needs the exact path
+  unsigned begins[2];        // a bit a token: it starts a document
+  int origin[chunk_tokens];  // first token of the block, in the chunk, that is in the token's document
+  int exact[4];              // the block needs the exact path
 
   /// The bits of a block's 16 tokens.
-  __device__ __forceinline__ unsigned starts(int block) const { return begins[block / 2] >> (block % 2 * 16) & 0xffffu; }
+  __device__ __forceinline__ unsigned starts(int block) const {
+    return begins[block / 2] >> (block % 2 * 16) & 0xffffu;
+  }
 };
 /// With the bits of a block: no document starts after its first token up to token i; none after token i.
 __device__ __forceinline__ bool reached(unsigned starts, int i) { return (starts & ((2u << i) - 2u)) == 0; }
@@ -342,8 +346,8 @@ __device__ __forceinline__ void load_tokens(Tokens& s, const Problem& p, const P
   const std::size_t row = at.first + static_cast<std::size_t>(thread) * p.heads;
   const int token = at.chunk * chunk_tokens + thread;
   s.beta[thread] = live ? sigmoid(__uint_as_float(static_cast<std::uint32_t>(p.b[row]) << 16)) : 0.0f;
-  const unsigned starts = __ballot_sync(
-      0xffffffffu, live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token);
+  const unsigned starts =
+      __ballot_sync(0xffffffffu, live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token);
   s.begins[thread / 32] = starts;
   if (thread < 4) s.exact[thread] = 0;
 }

@@ -1,8 +1,9 @@
 // Every gradient of a chunk, after both scans; one block of threads a chunk and head.
 //
-// Rows of by_q, by_b and by_k, the gradients of (scale q), (beta k) and (k) through the decays, are built in tensor core
-// accumulators that always hold values relative to one anchor token and are rescaled channel by channel when the anchor
-// moves: by_q and by_b walk from the chunk's start through the blocks up to their own, by_k from the chunk's end down.
+// Rows of by_q, by_b and by_k, the gradients of (scale q), (beta k) and (k) through the decays, are built in tensor
+// core accumulators that always hold values relative to one anchor token and are rescaled channel by channel when the
+// anchor moves: by_q and by_b walk from the chunk's start through the blocks up to their own, by_k from the chunk's end
+// down.
 #include "kernels/cuda/kda_common.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
@@ -20,9 +21,9 @@ struct Shared {
   };
   std::uint8_t d_o[chunk_tokens * K * 2];      // swizzled; then dv
   std::uint8_t minus_y[K * chunk_tokens * 2];  // [V, 64] in 8x8 tiles
-  std::uint8_t qp[chunk_tokens * K * 2];       // swizzled: scale q times the decay from the block's first token; then dq
-  std::uint8_t bp[chunk_tokens * K * 2];       // beta k, likewise; then dk
-  std::uint8_t kt[chunk_tokens * K * 2];       // k times the decay to the block's last token
+  std::uint8_t qp[chunk_tokens * K * 2];  // swizzled: scale q times the decay from the block's first token; then dq
+  std::uint8_t bp[chunk_tokens * K * 2];  // beta k, likewise; then dk
+  std::uint8_t kt[chunk_tokens * K * 2];  // k times the decay to the block's last token
   std::uint8_t da[chunk_tokens * chunk_tokens * 2], dm[chunk_tokens * chunk_tokens * 2];  // strictly lower, swizzled
   float c[chunk_tokens * row];
   float g_first[4 * K], total[4 * K];  // as in kda_prepare.cu
@@ -42,8 +43,8 @@ __device__ __forceinline__ void group_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 
-/// ldmatrix address of four 8x8 tiles of a matrix `groups` tiles wide: (r, c), then by `order` (r, c + 1), (r + 1, c) or
-/// (r + 1, c), (r, c + 1), then (r + 1, c + 1).
+/// ldmatrix address of four 8x8 tiles of a matrix `groups` tiles wide: (r, c), then by `order` (r, c + 1), (r + 1, c)
+/// or (r + 1, c), (r, c + 1), then (r + 1, c + 1).
 template <bool rows_first>
 __device__ __forceinline__ std::uint32_t tiles_address(const void* base, int groups, int r, int c, int lane) {
   const int m = lane >> 3;
@@ -372,8 +373,8 @@ __device__ __forceinline__ void value_gradients(const Place& at, Shared<K>& s, i
 }
 
 template <int K>
-__global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, const ChunkGradients io, int chunks,
-                                                               int ahead) {
+__global__ void __launch_bounds__(4 * K, 1)
+    gradients_kernel(const Problem p, const ChunkGradients io, int chunks, int ahead) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<Shared<K>*>(memory);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -557,8 +558,8 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
       const auto qw = *reinterpret_cast<const std::uint32_t*>(s.qp + from);
       const auto bw = *reinterpret_cast<const std::uint32_t*>(s.bp + from);
       const auto kw = *reinterpret_cast<const std::uint32_t*>(s.kt + from);
-      dg[n][h].x = back.x * low(qw) * by_q[n][2 * h] + back.x * low(bw) * by_b[n][2 * h] -
-                   back.x * low(kw) * by_k[n][2 * h];
+      dg[n][h].x =
+          back.x * low(qw) * by_q[n][2 * h] + back.x * low(bw) * by_b[n][2 * h] - back.x * low(kw) * by_k[n][2 * h];
       dg[n][h].y = back.y * high(qw) * by_q[n][2 * h + 1] + back.y * high(bw) * by_b[n][2 * h + 1] -
                    back.y * high(kw) * by_k[n][2 * h + 1];
     }
@@ -606,7 +607,7 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
       }
     }
   }
-  __syncthreads();  // nobody reads the states, qp or bp any more
+  __syncthreads();         // nobody reads the states, qp or bp any more
   std::uint32_t late[16];  // f or v, for the last part
   if (thread < 2 * K) {
     load_share<K>(late, p.f, p, at, Share<K>(thread));
@@ -618,7 +619,8 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
   float sums[2][3] = {};
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]], diagonal = s.diagonal[rows[h]];
+    const float rq = p.scale * t.rq[rows[h]], rk = t.rk[rows[h]], beta = t.beta[rows[h]],
+                diagonal = s.diagonal[rows[h]];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
@@ -659,10 +661,10 @@ __global__ void __launch_bounds__(4 * K, 1) gradients_kernel(const Problem p, co
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const int to = piece_offset<K>(rows[h], 4 * part + n) + lane % 4 * 4;
-      *reinterpret_cast<std::uint32_t*>(s.qp + to) = pack(scale * by_q[n][2 * h] + minus_q * low(q[n][h]),
-                                                          scale * by_q[n][2 * h + 1] + minus_q * high(q[n][h]));
-      *reinterpret_cast<std::uint32_t*>(s.bp + to) = pack(rk * by_k[n][2 * h] + minus_k * low(k[n][h]),
-                                                          rk * by_k[n][2 * h + 1] + minus_k * high(k[n][h]));
+      *reinterpret_cast<std::uint32_t*>(s.qp + to) =
+          pack(scale * by_q[n][2 * h] + minus_q * low(q[n][h]), scale * by_q[n][2 * h + 1] + minus_q * high(q[n][h]));
+      *reinterpret_cast<std::uint32_t*>(s.bp + to) =
+          pack(rk * by_k[n][2 * h] + minus_k * low(k[n][h]), rk * by_k[n][2 * h + 1] + minus_k * high(k[n][h]));
     }
   }
   if (thread < 2 * K) {

@@ -60,23 +60,23 @@ cudaError_t prepare(const Problem& p, void* records, cudaStream_t stream);
 /// Forward scan. Exactly one of: o (outputs), states + v_new (for backward), m (map).
 struct ForwardScan {
   const void* records;
-  const float* state_in = nullptr;   // zeros when null
-  float* state_out = nullptr;        // E for a map
-  std::uint16_t* o = nullptr;        // [S, L, H, V]
-  std::uint16_t* states = nullptr;   // per chunk: incoming state, [V, K] in 8x8 tiles
-  std::uint16_t* v_new = nullptr;    // per chunk: [V, 64] in 8x8 tiles
-  float* m = nullptr;                // [S, H, K, K]
+  const float* state_in = nullptr;  // zeros when null
+  float* state_out = nullptr;       // E for a map
+  std::uint16_t* o = nullptr;       // [S, L, H, V]
+  std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
+  std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
+  float* m = nullptr;               // [S, H, K, K]
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 
 /// Reverse scan of the state's gradient.
 struct ReverseScan {
   const void* records;
-  const std::uint16_t* d_o;              // [S, L, H, V]
-  const float* dstate_out = nullptr;     // zeros when null
+  const std::uint16_t* d_o;           // [S, L, H, V]
+  const float* dstate_out = nullptr;  // zeros when null
   float* dstate_in = nullptr;
-  std::uint16_t* dstates = nullptr;      // per chunk: gradient of the outgoing state, [V, K] in 8x8 tiles
-  std::uint16_t* minus_y = nullptr;      // per chunk: minus the gradient of rhs, [V, 64] in 8x8 tiles
+  std::uint16_t* dstates = nullptr;  // per chunk: gradient of the outgoing state, [V, K] in 8x8 tiles
+  std::uint16_t* minus_y = nullptr;  // per chunk: minus the gradient of rhs, [V, 64] in 8x8 tiles
 };
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream);
 

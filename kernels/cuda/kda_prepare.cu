@@ -98,7 +98,8 @@ __device__ void invert(Shared<K>& s) {
     float sum = 0.0f;
 #pragma unroll
     for (int m = 0; m < 16; ++m) {
-      sum += s.l[(low_block + 16 + r) * square_row + low_block + m] * s.inverse[(low_block + m) * square_row + low_block + c];
+      sum += s.l[(low_block + 16 + r) * square_row + low_block + m] *
+             s.inverse[(low_block + m) * square_row + low_block + c];
     }
     s.product[r * square_row + low_block + c] = sum;
   }
@@ -108,7 +109,8 @@ __device__ void invert(Shared<K>& s) {
     float sum = 0.0f;
 #pragma unroll
     for (int m = 0; m < 16; ++m) {
-      sum += s.inverse[(low_block + 16 + r) * square_row + low_block + 16 + m] * s.product[m * square_row + low_block + c];
+      sum +=
+          s.inverse[(low_block + 16 + r) * square_row + low_block + 16 + m] * s.product[m * square_row + low_block + c];
     }
     s.inverse[(low_block + 16 + r) * square_row + low_block + c] = -sum;
   }
@@ -146,8 +148,8 @@ __device__ void invert(Shared<K>& s) {
 }
 
 template <int K>
-__global__ void __launch_bounds__(2 * K, K == 128 ? 2 : 4) prepare_kernel(const Problem p, int chunks,
-                                                                          std::uint8_t* records) {
+__global__ void __launch_bounds__(2 * K, K == 128 ? 2 : 4)
+    prepare_kernel(const Problem p, int chunks, std::uint8_t* records) {
   constexpr int threads = 2 * K, warps = threads / 32;
   extern __shared__ __align__(128) std::uint8_t memory[];
   auto& s = *reinterpret_cast<Shared<K>*>(memory);
@@ -205,7 +207,8 @@ __global__ void __launch_bounds__(2 * K, K == 128 ? 2 : 4) prepare_kernel(const 
       for (int j = 1; j < 4; ++j) sum += s.g_first[j * K + x] + s.total[j * K + x];
       reinterpret_cast<float*>(record + Record<K>::decay)[x] = exp2_fast(sum);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) s.gap[(j * (j + 1) / 2 + j) * K + x] = t.exact[j] ? 0.0f : exp2_fast(-s.total[j * K + x]);
+      for (int j = 0; j < 4; ++j)
+        s.gap[(j * (j + 1) / 2 + j) * K + x] = t.exact[j] ? 0.0f : exp2_fast(-s.total[j * K + x]);
     } else {
 #pragma unroll
       for (int j = 0; j < 3; ++j) {
@@ -245,8 +248,7 @@ __global__ void __launch_bounds__(2 * K, K == 128 ? 2 : 4) prepare_kernel(const 
       const float beta = -t.beta[token];
       const int to = piece_offset<K>(token, own.pair / 4) + own.pair % 4 * 4;
       *reinterpret_cast<std::uint32_t*>(outputs + Record<K>::qg + to) = pack(q.x * head.x, q.y * head.y);
-      *reinterpret_cast<std::uint32_t*>(record + Record<K>::nbg + to) =
-          pack(beta * k.x * head.x, beta * k.y * head.y);
+      *reinterpret_cast<std::uint32_t*>(record + Record<K>::nbg + to) = pack(beta * k.x * head.x, beta * k.y * head.y);
       *reinterpret_cast<std::uint32_t*>(record + Record<K>::kg + to) = pack(kt.x * rear.x, kt.y * rear.y);
     }
   }

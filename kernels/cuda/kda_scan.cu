@@ -95,8 +95,8 @@ __device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_
 
 /// acc [16, 64 or K] += a [16, 16 tokens] tile[token, columns], for column groups [0, groups).
 template <int width>
-__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                                              int row, int groups, int lane) {
+__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile, int row,
+                                              int groups, int lane) {
 #pragma unroll
   for (int n = 0; n < width / 16; ++n) {
     if (n >= groups) break;
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
   const int columns = mode == Mode::map ? 2 * K : K;  // a map's columns ride behind the state's
   const int slices = columns / (slice * chains), head = blockIdx.x / slices;
   const int pair = warp % chains, first = (blockIdx.x % slices * chains + pair) * slice;
-  const std::uint8_t* records = static_cast<const std::uint8_t*>(io.records) +
-                                static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
+  const std::uint8_t* records =
+      static_cast<const std::uint8_t*>(io.records) + static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
   const std::size_t row = static_cast<std::size_t>(p.heads) * K;
   const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
   const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
@@ -246,7 +246,8 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
         at.next();
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-          const std::uint32_t x = transpose_matrix(pack(o[n][0], o[n][1])), y = transpose_matrix(pack(o[n][2], o[n][3]));
+          const std::uint32_t x = transpose_matrix(pack(o[n][0], o[n][1])),
+                              y = transpose_matrix(pack(o[n][2], o[n][3]));
           const int token = c * chunk_tokens + 8 * n + lane / 4;
           if (token < p.length) {
             auto* to = reinterpret_cast<std::uint32_t*>(io.o + tokens + token * row + first) + lane % 4;
@@ -385,9 +386,8 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int slices = K / (slice * chains);
   const int head = blockIdx.x / slices, pair = warp % chains, first = (blockIdx.x % slices * chains + pair) * slice;
-  const std::uint8_t* last_record =
-      static_cast<const std::uint8_t*>(io.records) +
-      (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
+  const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
+                                    (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
   init_barriers(s);

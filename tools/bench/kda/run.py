@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks and times the CUDA kernels of KDA, beside flash-linear-attention's chunk_kda in the same process.
 
-    tools/bench/kda/run.py --library build/cuda/libdeltapipe_kda.so --out tools/bench/results/kda.json
+    tools/bench/kda/run.py --library build/cuda/tools/bench/kda/libdeltapipe_kda.so --out tools/bench/results/kda.json
 
 Times are medians of CUDA events over calls that rotate among three sets of inputs; the two implementations take turns.
 A ratio is the peer's time over ours."""
