@@ -1,0 +1,122 @@
+// The phases of each call, in order, and their workspace.
+#include "kernels/cuda/kda_common.cuh"
+
+namespace deltapipe::kernels::cuda::kda {
+namespace {
+
+/// Hands out parts of a workspace, 256-byte aligned; with a null base it only counts.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<std::uint8_t*>(base)) {}
+  template <class T>
+  T* take(std::size_t n) {
+    T* p = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (n * sizeof(T) + 255) / 256 * 256;
+    return p;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::uint8_t* base_;
+  std::size_t used_ = 0;
+};
+
+std::uint8_t* take_records(Carver& carver, const Problem& p) {
+  return carver.take<std::uint8_t>(p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes));
+}
+
+struct BackwardWorkspace {
+  std::uint8_t* records;
+  std::uint16_t *states, *dstates, *v_new, *minus_y;
+  float* sums;
+
+  BackwardWorkspace(Carver& carver, const Problem& p) : records(take_records(carver, p)) {
+    const std::size_t n = p.head_chunks(), k = static_cast<std::size_t>(p.head_dim);
+    states = carver.take<std::uint16_t>(n * k * k);
+    dstates = carver.take<std::uint16_t>(n * k * k);
+    v_new = carver.take<std::uint16_t>(n * k * chunk_tokens);
+    minus_y = carver.take<std::uint16_t>(n * k * chunk_tokens);
+    sums = carver.take<float>(n * (k + 1));
+  }
+};
+
+/// The first error of a sequence of calls; later ones are skipped.
+class Status {
+ public:
+  template <class F>
+  Status& then(const F& f) {
+    if (error_ == cudaSuccess) error_ = f();
+    return *this;
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace
+
+bool supports(int head_dim) { return head_dim == 64 || head_dim == 128; }
+
+std::size_t forward_workspace(const Problem& p) {
+  Carver count(nullptr);
+  take_records(count, p);
+  return count.used();
+}
+
+cudaError_t forward(const Problem& p, const float* state_in, std::uint16_t* o, float* state_out, void* workspace,
+                    cudaStream_t stream) {
+  ForwardScan scan{.records = workspace, .state_in = state_in, .state_out = state_out, .o = o};
+  return Status()
+      .then([&] { return prepare(p, workspace, stream); })
+      .then([&] { return scan_forward(p, scan, stream); })
+      .error();
+}
+
+std::size_t backward_workspace(const Problem& p) {
+  Carver count(nullptr);
+  const BackwardWorkspace all(count, p);
+  return count.used();
+}
+
+cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_t* d_o, const float* dstate_out,
+                     const Gradients& gradients, float* dstate_in, void* workspace, cudaStream_t stream) {
+  Carver carver(workspace);
+  const BackwardWorkspace w(carver, p);
+  const ForwardScan states{.records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new};
+  const ReverseScan dstates{.records = w.records,
+                            .d_o = d_o,
+                            .dstate_out = dstate_out,
+                            .dstate_in = dstate_in,
+                            .dstates = w.dstates,
+                            .minus_y = w.minus_y};
+  const ChunkGradients chunks{d_o, w.states, w.dstates, w.v_new, w.minus_y, gradients, w.sums};
+  return Status()
+      .then([&] { return prepare(p, w.records, stream); })
+      .then([&] { return scan_forward(p, states, stream); })
+      .then([&] { return scan_reverse(p, dstates, stream); })
+      .then([&] { return chunk_gradients(p, chunks, stream); })
+      .then([&] {
+        if (gradients.da_log == nullptr && gradients.ddt_bias == nullptr) return cudaSuccess;
+        return reduce_sums(p, w.sums, gradients.da_log, gradients.ddt_bias, stream);
+      })
+      .error();
+}
+
+cudaError_t segment_map(const Problem& p, float* m, float* e, void* workspace, cudaStream_t stream) {
+  const ForwardScan scan{.records = workspace, .state_out = e, .m = m};
+  return Status()
+      .then([&] { return prepare(p, workspace, stream); })
+      .then([&] { return scan_forward(p, scan, stream); })
+      .error();
+}
+
+cudaError_t backward_map(const Problem& p, const std::uint16_t* d_o, float* e, void* workspace, cudaStream_t stream) {
+  const ReverseScan scan{.records = workspace, .d_o = d_o, .dstate_in = e};
+  return Status()
+      .then([&] { return prepare(p, workspace, stream); })
+      .then([&] { return scan_reverse(p, scan, stream); })
+      .error();
+}
+
+}  // namespace deltapipe::kernels::cuda::kda

@@ -1,0 +1,373 @@
+// What the KDA kernels share: the record of a chunk, tensor-core and copy instructions, and the part of every chunk
+// that loads q, k and f, normalises them and turns the gate into decays.
+//
+// Symbols are those of kernels/cpu/kda_chunk.h. Blocks are 16 tokens. Inside a block, c_i is the log2 of the decay from
+// the block's first token (exclusive) to token i (inclusive), restarted where a document starts. Decays between blocks
+// are exponentials of sums over the tokens between them, so no exponent is positive, with one exception: a "plain"
+// block, one in which no document starts after its first token and no channel decays by more than 2^-range_limit, is
+// handled by a single product anchored at both its ends, whose rescaling factor 2^(-c_15) stays far inside float's
+// range. Other blocks take an exact path pair by pair.
+#pragma once
+
+#include "kernels/cuda/kda_kernels.h"
+
+#include <cuda_bf16.h>
+
+namespace deltapipe::kernels::cuda::kda {
+
+inline constexpr int chunk_tokens = 64;
+inline constexpr int block_tokens = 16;
+inline constexpr float log2e = 1.4426950408889634f;
+inline constexpr float ln2 = 0.6931471805599453f;
+/// 2^109 times a key and 2^-109 times one are normal floats. A gate bounded at -5 stays within: 15 * 5 * log2 e =
+/// 108.2.
+inline constexpr float range_limit = 109.0f;
+
+/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row
+/// r at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
+template <int K>
+struct Record {
+  static constexpr int tile = chunk_tokens * K * 2;
+  static constexpr int square = chunk_tokens * chunk_tokens * 2;
+  static constexpr int nbg = 0;               // [64, K]  -beta k exp(G)
+  static constexpr int kg = tile;             // [64, K]  k exp(G_end - G)
+  static constexpr int a = 2 * tile;          // [64, 64] (I + M)^-1, blocks above the diagonal unspecified
+  static constexpr int decay = a + square;    // [K] fp32 exp(G_end)
+  static constexpr int beta = decay + 4 * K;  // [64] fp32
+  static constexpr int state_bytes = beta + 4 * chunk_tokens;  // what the state's own chain needs ends here
+  static constexpr int qg = 0;                                 // after state_bytes: [64, K] scale q exp(G)
+  static constexpr int aqk = tile;                             // [64, 64], blocks above the diagonal unspecified
+  static constexpr int output_bytes = tile + square;
+  static constexpr int bytes = state_bytes + output_bytes;
+};
+
+// ---------------------------------------------------------------- instructions
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* p) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ std::uint32_t pack(float lo, float hi) {
+  std::uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+__device__ __forceinline__ float low(std::uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high(std::uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float to_tf32(float x) {
+  std::uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
+
+__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ std::uint32_t transpose_matrix(std::uint32_t x) {
+  std::uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+/// d [16, 8] += a [16, 16] b [16, 8], bf16 operands.
+__device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+/// d [16, 8] += a [16, 8] b [8, 8], tf32 operands.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], float b0, float b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+/// The accumulators of a [16, 16] product as the bf16 left operand of the next one.
+__device__ __forceinline__ void as_operand(std::uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = pack(left[0], left[1]);
+  a[1] = pack(left[2], left[3]);
+  a[2] = pack(right[0], right[1]);
+  a[3] = pack(right[2], right[3]);
+}
+
+__device__ __forceinline__ void copy_async_16(std::uint32_t to, const void* from, bool present) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(std::uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void barrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+/// Copies contiguous global memory into shared memory; completes on `barrier`. Sizes and addresses: multiples of 16.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, std::uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+/// Contiguous global memory into the second-level cache; size and address: multiples of 16.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void pair_sync(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void pair_arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
+
+// ---------------------------------------------------------------- tiles
+
+/// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide.
+template <int width>
+__device__ __forceinline__ int piece_offset(int row, int piece) {
+  return row * (2 * width) + ((piece ^ (row & 7)) << 4);
+}
+
+/// The lane's ldmatrix address offset for a 16 x 16 block at (row, column) of a swizzled tile, matrices in the order
+/// (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15):
+/// the left operand's order, and transposed the right operand's for two neighbouring column groups.
+template <int width>
+__device__ __forceinline__ int block_offset(int row, int column, int lane) {
+  return piece_offset<width>(row + (lane & 15), (column >> 3) + (lane >> 4));
+}
+/// The same with matrices 1 and 2 exchanged: the right operand's order, untransposed, for two groups of 8 rows.
+template <int width>
+__device__ __forceinline__ int block_offset_right(int row, int column, int lane) {
+  return piece_offset<width>(row + (lane & 7) + ((lane >> 4) << 3), (column >> 3) + ((lane >> 3) & 1));
+}
+
+// ---------------------------------------------------------------- gate
+
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-x * log2e)); }
+
+/// A head's gate: g = -rate softplus(x), or when bounded g = bound sigmoid(rate x), with x = f + dt_bias.
+template <bool bounded>
+struct Gate {
+  float rate, bound;
+
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the
+  /// first.
+  __device__ __forceinline__ static float log2_1p(float y) {
+    const float series = log2e * y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f));
+    return y < 1e-3f ? series : log2_fast(1.0f + y);
+  }
+  /// g in log2 units.
+  __device__ __forceinline__ float log2_decay(float x) const {
+    if constexpr (bounded) {
+      return bound * log2e * sigmoid(rate * x);
+    } else {
+      return -rate * (fmaxf(x, 0.0f) * log2e + log2_1p(exp2_fast(-fabsf(x) * log2e)));
+    }
+  }
+  /// df from dg, in natural units; adds this element's part of da_log.
+  __device__ __forceinline__ float backward(float x, float dg, float& da) const {
+    if constexpr (bounded) {
+      const float y = exp2_fast(-fabsf(rate * x) * log2e), r = reciprocal(1.0f + y);
+      const float d = bound * rate * y * r * r * dg;
+      da += d * x;
+      return d;
+    } else {
+      const float y = exp2_fast(-fabsf(x) * log2e), r = reciprocal(1.0f + y), by_rate = -rate * dg;
+      da += by_rate * (fmaxf(x, 0.0f) + ln2 * log2_1p(y));
+      return by_rate * (x >= 0.0f ? r : y * r);
+    }
+  }
+};
+
+// ---------------------------------------------------------------- tokens of a chunk
+
+/// Per-token values of a chunk in shared memory.
+struct Tokens {
+  float partial[4][2][32];  // sums of squares: block, half of the channels, then 16 of q and 16 of k
+  float rq[chunk_tokens], rk[chunk_tokens], beta[chunk_tokens];
+  unsigned begins[2];        // a bit a token: it starts a document
+  int origin[chunk_tokens];  // first token of the block, in the chunk, that is in the token's document
+  int exact[4];              // the block needs the exact path
+
+  /// The bits of a block's 16 tokens.
+  __device__ __forceinline__ unsigned starts(int block) const {
+    return begins[block / 2] >> (block % 2 * 16) & 0xffffu;
+  }
+};
+/// With the bits of a block: no document starts after its first token up to token i; none after token i.
+__device__ __forceinline__ bool reached(unsigned starts, int i) { return (starts & ((2u << i) - 2u)) == 0; }
+__device__ __forceinline__ bool reaches(unsigned starts, int i) { return starts >> (i + 1) == 0; }
+
+/// What a thread owns of a chunk: two neighbouring channels of one block's 16 tokens. 2 K threads own it all.
+template <int K>
+struct Share {
+  int pair, block;  // channels 2 pair and 2 pair + 1
+  __device__ __forceinline__ explicit Share(int thread) : pair(thread % (K / 2)), block(thread / (K / 2)) {}
+};
+
+/// Where a chunk of a head lies in the inputs.
+struct Place {
+  int segment, head, chunk, tokens;
+  std::size_t first;  // (segment * length + first token) * heads + head
+  __device__ __forceinline__ Place(const Problem& p, int chunks, int index) {
+    head = index % p.heads;
+    const int rest = index / p.heads;
+    chunk = rest % chunks;
+    segment = rest / chunks;
+    tokens = min(chunk_tokens, p.length - chunk * chunk_tokens);
+    first = (static_cast<std::size_t>(segment) * p.length + chunk * chunk_tokens) * p.heads + head;
+  }
+  /// Position among [segment, head, chunk].
+  __device__ __forceinline__ std::size_t slot(const Problem& p, int chunks) const {
+    return (static_cast<std::size_t>(segment) * p.heads + head) * chunks + chunk;
+  }
+};
+
+template <int K>
+__device__ __forceinline__ void load_share(std::uint32_t (&x)[16], const std::uint16_t* from, const Problem& p,
+                                           const Place& at, const Share<K>& own) {
+  const auto* words = reinterpret_cast<const std::uint32_t*>(from) +
+                      (at.first + static_cast<std::size_t>(own.block) * 16 * p.heads) * (K / 2) + own.pair;
+  const std::size_t row = static_cast<std::size_t>(p.heads) * (K / 2);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] = own.block * 16 + i < at.tokens ? words[i * row] : 0u;
+}
+
+/// After it, lane l's x[0] is the sum over the warp of what was in x[l].
+__device__ __forceinline__ void sum_over_warp(float (&x)[32], int lane) {
+#pragma unroll
+  for (int power = 0; power < 5; ++power) {
+    constexpr int first = 16;
+    const int step = first >> power;
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < first; ++i) {
+      if (i >= step) continue;
+      const float give = upper ? x[i] : x[i + step], keep = upper ? x[i + step] : x[i];
+      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, step);
+    }
+  }
+}
+
+/// Fills s.partial from the thread's words of q and k; a barrier, then finish_tokens.
+template <int K>
+__device__ __forceinline__ void sum_squares(Tokens& s, const std::uint32_t (&q)[16], const std::uint32_t (&k)[16],
+                                            const Share<K>& own, int lane) {
+  float x[32];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    x[i] = low(q[i]) * low(q[i]) + high(q[i]) * high(q[i]);
+    x[16 + i] = low(k[i]) * low(k[i]) + high(k[i]) * high(k[i]);
+  }
+  sum_over_warp(x, lane);
+  s.partial[own.block][own.pair / 32][lane] = x[0];
+}
+
+/// g, in log2 units, of the thread's tokens; 0 beyond the segment's end.
+template <int K, bool bounded>
+__device__ __forceinline__ void gate_values(const std::uint32_t (&f)[16], const Gate<bounded>& gate, float2 bias,
+                                            int live, float (&g)[16][2]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float g0 = gate.log2_decay(low(f[i]) + bias.x), g1 = gate.log2_decay(high(f[i]) + bias.y);
+    g[i][0] = i < live ? g0 : 0.0f;
+    g[i][1] = i < live ? g1 : 0.0f;
+  }
+}
+/// c (see above) of the thread's channels in place of g, and g of the block's first token: minus infinity where a
+/// document starts.
+template <int K>
+__device__ __forceinline__ void cumulate(const Problem& p, const Place& at, const Tokens& t, const Share<K>& own,
+                                         const std::uint32_t (&f)[16], float (&c)[16][2], float (&g_first)[2]) {
+  const float rate = expf(p.a_log[at.head]);
+  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
+  const int live = at.tokens - own.block * 16;
+  if (p.gate_lower_bound == 0.0f) {
+    gate_values<K>(f, Gate<false>{rate, 0.0f}, bias, live, c);
+  } else {
+    gate_values<K>(f, Gate<true>{rate, p.gate_lower_bound}, bias, live, c);
+  }
+  const unsigned starts = t.starts(own.block);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    g_first[e] = starts & 1u ? -INFINITY : c[0][e];
+    c[0][e] = 0.0f;
+#pragma unroll
+    for (int i = 1; i < 16; ++i) c[i][e] = starts >> i & 1u ? 0.0f : c[i - 1][e] + c[i][e];
+  }
+}
+
+/// thread in [0, 64): what needs no q or k. A barrier follows.
+__device__ __forceinline__ void load_tokens(Tokens& s, const Problem& p, const Place& at, int thread) {
+  const bool live = thread < at.tokens;
+  const std::size_t row = at.first + static_cast<std::size_t>(thread) * p.heads;
+  const int token = at.chunk * chunk_tokens + thread;
+  s.beta[thread] = live ? sigmoid(__uint_as_float(static_cast<std::uint32_t>(p.b[row]) << 16)) : 0.0f;
+  const unsigned starts =
+      __ballot_sync(0xffffffffu, live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token);
+  s.begins[thread / 32] = starts;
+  if (thread < 4) s.exact[thread] = 0;
+}
+
+/// thread in [0, 64), after a barrier.
+template <int K>
+__device__ __forceinline__ void finish_tokens(Tokens& s, int thread) {
+  const int block = thread / 16, i = thread % 16;
+  float q = s.partial[block][0][i], k = s.partial[block][0][16 + i];
+  if (K == 128) {
+    q += s.partial[block][1][i];
+    k += s.partial[block][1][16 + i];
+  }
+  s.rq[thread] = rsqrtf(q + 1e-6f);
+  s.rk[thread] = rsqrtf(k + 1e-6f);
+  int origin = block * 16;
+  for (int j = block * 16 + 1; j <= thread; ++j) {
+    if (s.begins[j / 32] >> (j % 32) & 1u) origin = j;
+  }
+  s.origin[thread] = origin;
+}
+
+}  // namespace deltapipe::kernels::cuda::kda

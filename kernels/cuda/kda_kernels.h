@@ -1,0 +1,92 @@
+// KDA on Hopper, below the tensors of kernels/kda.h: plain pointers, one struct a call. kernels/cuda/kda.cu adapts the
+// contract to it. Every function queues kernels on `stream` and returns the first launch error.
+//
+// K = V = head_dim, 64 or 128. NC = ceil(length / 64) chunks a segment; a "head" is a pair (segment, head), segments
+// outermost. Workspaces are 256-byte aligned and need no initial contents.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deltapipe::kernels::cuda::kda {
+
+/// The inputs of kernels/kda.h as device pointers; bf16 as its bit pattern.
+struct Problem {
+  const std::uint16_t *q, *k, *v, *f;  // [S, L, H, K]
+  const std::uint16_t* b;              // [S, L, H]
+  const float* a_log;                  // [H]
+  const float* dt_bias;                // [H, K]
+  const std::int32_t* start;           // [S, L]
+  float scale;
+  float gate_lower_bound;
+  int segments, length, heads, head_dim;
+
+  int chunks() const { return (length + 63) / 64; }
+  std::size_t head_chunks() const { return static_cast<std::size_t>(segments) * heads * chunks(); }
+};
+
+struct Gradients {
+  std::uint16_t *dq, *dk, *dv, *df, *db;
+  float *da_log, *ddt_bias;  // +=; may be null
+};
+
+bool supports(int head_dim);
+
+std::size_t forward_workspace(const Problem& p);
+/// state_in, state_out [S, H, K, V], may be null.
+cudaError_t forward(const Problem& p, const float* state_in, std::uint16_t* o, float* state_out, void* workspace,
+                    cudaStream_t stream);
+
+std::size_t backward_workspace(const Problem& p);
+cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_t* d_o, const float* dstate_out,
+                     const Gradients& gradients, float* dstate_in, void* workspace, cudaStream_t stream);
+
+/// m [S, H, K, K], e [S, H, K, V]. Workspace: forward_workspace.
+cudaError_t segment_map(const Problem& p, float* m, float* e, void* workspace, cudaStream_t stream);
+/// e [S, H, K, V]. Workspace: forward_workspace.
+cudaError_t backward_map(const Problem& p, const std::uint16_t* d_o, float* e, void* workspace, cudaStream_t stream);
+
+/// out [n, rows, columns] = op(a) b + c, a [n, rows, rows], op the identity or transposition; c may be null.
+cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool transpose, const float* b, const float* c,
+                         float* out, cudaStream_t stream);
+
+// The phases.
+
+/// Records of every chunk (see kda_common.cuh), everything that needs no state.
+cudaError_t prepare(const Problem& p, void* records, cudaStream_t stream);
+
+/// Forward scan. Exactly one of: o (outputs), states + v_new (for backward), m (map).
+struct ForwardScan {
+  const void* records;
+  const float* state_in = nullptr;  // zeros when null
+  float* state_out = nullptr;       // E for a map
+  std::uint16_t* o = nullptr;       // [S, L, H, V]
+  std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
+  std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
+  float* m = nullptr;               // [S, H, K, K]
+};
+cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
+
+/// Reverse scan of the state's gradient.
+struct ReverseScan {
+  const void* records;
+  const std::uint16_t* d_o;           // [S, L, H, V]
+  const float* dstate_out = nullptr;  // zeros when null
+  float* dstate_in = nullptr;
+  std::uint16_t* dstates = nullptr;  // per chunk: gradient of the outgoing state, [V, K] in 8x8 tiles
+  std::uint16_t* minus_y = nullptr;  // per chunk: minus the gradient of rhs, [V, 64] in 8x8 tiles
+};
+cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream);
+
+/// All gradients of every chunk; sums [S, H, NC, K + 1]: each chunk's ddt_bias, then da_log.
+struct ChunkGradients {
+  const std::uint16_t *d_o, *states, *dstates, *v_new, *minus_y;
+  Gradients out;
+  float* sums;
+};
+cudaError_t chunk_gradients(const Problem& p, const ChunkGradients& g, cudaStream_t stream);
+cudaError_t reduce_sums(const Problem& p, const float* sums, float* da_log, float* ddt_bias, cudaStream_t stream);
+
+}  // namespace deltapipe::kernels::cuda::kda

@@ -1,0 +1,155 @@
+"""Checks the CUDA kernels of KDA against float64: errors as RMS over RMS of the reference."""
+import torch
+
+import reference
+
+# Outputs and states, gradients of q, k, v and states, of the gate and beta, of the parameters: what this field accepts
+# of bf16 inputs. A da_log adds up signed terms and may come out near zero by chance, so its error is relative to the
+# root of the sum of their squares and its own size together, and may be as large as df's.
+TOLERANCE = {'o': 5e-3, 'state': 5e-3, 'dq': 8e-3, 'dk': 8e-3, 'dv': 8e-3, 'dstate_in': 8e-3, 'df': 2e-2, 'db': 2e-2,
+             'da_log': 2e-2, 'ddt_bias': 8e-3}
+# Nothing is ever forgotten and every write is whole: the roundings of hundreds of states and writes add up, in any
+# implementation with bf16 operands (run.py prints the peer's error beside ours).
+NEVER_FORGETS = {'o': 8e-3, 'state': 8e-3, 'dq': 1e-2, 'dk': 1e-2, 'dv': 1e-2, 'dstate_in': 1e-2}
+
+
+def error(a, b):
+    a, b = a.double(), b.double()
+    return ((a - b).pow(2).mean().sqrt() / (b.pow(2).mean().sqrt() + 1e-30)).item()
+
+
+def case(S, L, H, K, *, bound=0.0, f_mean=0.0, f_scale=1.0, dt_mean=-4.0, b_mean=0.0, a_max=16.0, same_keys=0.0,
+         starts=None, states=True):
+    """Fresh random inputs; starts: per segment the documents' first tokens (negative: before the segment)."""
+    n = lambda *shape: torch.randn(*shape, device='cuda')
+    bf = lambda x: x.to(torch.bfloat16)
+    x = dict(q=bf(n(S, L, H, K)), k=bf(n(S, L, H, K) + same_keys * n(1, 1, H, K)), v=bf(n(S, L, H, K)),
+             f=bf(n(S, L, H, K) * f_scale + f_mean), b=bf(n(S, L, H) + b_mean),
+             a_log=torch.empty(H, device='cuda').uniform_(1, a_max).log() if bound == 0 else n(H) * 0.3,
+             dt_bias=n(H, K) * 0.5 + (dt_mean if bound == 0 else 0.0), scale=K ** -0.5, bound=bound)
+    start = torch.full((S, L), -1, dtype=torch.int32)
+    for s, row in enumerate(starts or []):
+        for i, first in enumerate(row):
+            end = row[i + 1] if i + 1 < len(row) else L
+            start[s, max(first, 0):end] = first
+    x['start'] = start.cuda()
+    x['state_in'] = n(S, H, K, K) if states else None
+    x['dstate_out'] = n(S, H, K, K) if states else None
+    x['d_o'] = bf(n(S, L, H, K))
+    return x
+
+
+def truth(x, chunk):
+    """Outputs and gradients in float64."""
+    names = ('q', 'k', 'v', 'f', 'b', 'a_log', 'dt_bias')
+    leaves = [x[n].double().requires_grad_() for n in names]
+    S, L, H, K = x['q'].shape
+    state = (torch.zeros(S, H, K, K, device='cuda', dtype=torch.float64) if x['state_in'] is None
+             else x['state_in'].double()).requires_grad_()
+    if chunk:
+        o, s = reference.chunked(*leaves, x['scale'], x['bound'], state, chunk)
+    else:
+        o, s = reference.recurrent(*leaves, x['start'], x['scale'], x['bound'], state)
+    loss = (o * x['d_o'].double()).sum()
+    if x['dstate_out'] is not None:
+        loss = loss + (s * x['dstate_out'].double()).sum()
+    grads = torch.autograd.grad(loss, leaves + [state])
+    return dict(zip(('o', 'state', 'dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias', 'dstate_in'),
+                    (o.detach(), s.detach()) + grads))
+
+
+def run(lib, x):
+    """Outputs and gradients of the kernels, everything written poisoned first."""
+    nan = lambda t: torch.full_like(t, float('nan'))
+    S, L, H, K = x['q'].shape
+    state = torch.full((S, H, K, K), float('nan'), device='cuda')
+    out = dict(o=nan(x['v']), state=state, dstate_in=state.clone(), dq=nan(x['q']), dk=nan(x['k']), dv=nan(x['v']),
+               df=nan(x['f']), db=nan(x['b']), da_log=torch.zeros_like(x['a_log']),
+               ddt_bias=torch.zeros_like(x['dt_bias']))
+    lib.poison()
+    lib.forward(x, x['state_in'], out['o'], out['state'])
+    lib.poison()
+    lib.backward(x, x['state_in'], x['d_o'], x['dstate_out'], out, out['dstate_in'])
+    torch.cuda.synchronize()
+    return out
+
+
+def size_of_da_log(x, df):
+    """Root of the sum of squares of the terms of da_log, by head."""
+    z = x['f'].double() + x['dt_bias'].double()
+    if x['bound'] == 0:
+        terms = df * torch.nn.functional.softplus(z) / torch.sigmoid(z)
+    else:
+        terms = df * z
+    return terms.pow(2).sum((0, 1, 3)).sqrt()
+
+
+def expect(rows, name, got, want, x=None, tolerance=None):
+    errors = {n: error(got[n], want[n]) for n in want}
+    limit = TOLERANCE | (tolerance or {})
+    if 'da_log' in want:
+        size = (size_of_da_log(x, want['df']).pow(2) + want['da_log'].pow(2)).mean().sqrt()
+        errors['da_log'] = ((got['da_log'].double() - want['da_log']).pow(2).mean().sqrt() / (size + 1e-30)).item()
+    # Gradients that vanish (no incoming state) have nothing to be relative to.
+    bad = [n for n, e in errors.items() if not e <= limit[n] and not (want[n].abs().max() < 1e-12 and
+                                                                        got[n].abs().max() < 1e-6)]
+    rows.append(dict(case=name, errors=errors, failed=bad))
+    print(f'{name:<46s}' + ' '.join(f'{n}:{1e3 * e:.2f}' for n, e in errors.items()) +
+          (f'  FAILED {bad}' if bad else ''), flush=True)
+    return not bad
+
+
+def maps(lib, rows, x, name):
+    """M state_in + E and M^T dstate_out + E' against the outgoing states of the truth."""
+    S, L, H, K = x['q'].shape
+    want = truth(x, 0)
+    new = lambda: torch.full((S, H, K, K), float('nan'), device='cuda')
+    m, e, back, state, dstate = new(), new(), new(), new(), new()
+    lib.poison()
+    lib.segment_map(x, m, e)
+    lib.poison()
+    lib.backward_map(x, x['d_o'], back)
+    lib.multiply_add(m, False, x['state_in'], e, state)
+    lib.multiply_add(m, True, x['dstate_out'], back, dstate)
+    return expect(rows, name, dict(state=state, dstate_in=dstate), {n: want[n] for n in ('state', 'dstate_in')})
+
+
+def all_cases(lib):
+    """-> rows, whether everything was within tolerance. Errors are printed in thousandths."""
+    rows, ok = [], True
+    torch.manual_seed(torch.seed() % (1 << 31))
+    plan = []  # (name, tokens a chunk of the truth or 0: token by token, shape and regime)
+    for K in (128, 64):
+        for L in (1, 63, 64, 65, 130):
+            plan.append((f'K {K}, length {L}', 0 if L < 100 else 32, dict(S=2, L=L, H=3, K=K)))
+        plan += [
+            (f'K {K}, length 1000', 32, dict(S=1, L=1000, H=2, K=K)),
+            (f'K {K}, no states', 32, dict(S=2, L=200, H=3, K=K, states=False)),
+            (f'K {K}, bounded gate', 32, dict(S=1, L=400, H=3, K=K, bound=-5.0)),
+            (f'K {K}, bounded gate, fast', 32, dict(S=1, L=300, H=3, K=K, bound=-5.0, f_mean=20.0, f_scale=2.0)),
+            (f'K {K}, packed documents', 0, dict(S=2, L=270, H=3, K=K, dt_mean=-6.0,
+                                                 starts=[[-7, 3, 16, 17, 40, 64, 70, 128, 200, 255, 256, 269],
+                                                         [0, 31, 33, 65, 220]])),
+            (f'K {K}, decay near none', 32, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0)),
+            (f'K {K}, fast decay', 32, dict(S=1, L=300, H=2, K=K, dt_mean=30.0, f_scale=5.0)),
+            (f'K {K}, decay from none to total', 32, dict(S=1, L=300, H=2, K=K, dt_mean=0.0, f_scale=40.0)),
+            (f'K {K}, beta near 0', 32, dict(S=1, L=300, H=2, K=K, b_mean=-8.0)),
+            (f'K {K}, beta near 1', 32, dict(S=1, L=300, H=2, K=K, b_mean=12.0)),
+            (f'K {K}, beta near 1, decay near none', 32, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0, b_mean=12.0)),
+            (f'K {K}, keys alike', 32, dict(S=1, L=300, H=2, K=K, dt_mean=-6.0, same_keys=1.0)),
+        ]
+    plan += [('length 4096', 32, dict(S=1, L=4096, H=2, K=128)),
+             ('length 4096, bounded gate', 32, dict(S=1, L=4096, H=2, K=128, bound=-5.0)),
+             ('length 32768, decay near none', 32, dict(S=1, L=32768, H=2, K=128, dt_mean=-15.0))]
+    for name, chunk, shape in plan:
+        x = case(**shape)
+        ok &= expect(rows, name, run(lib, x), truth(x, chunk), x,
+                     NEVER_FORGETS if 'beta near 1, decay near none' in name else None)
+    ok &= maps(lib, rows, case(S=3, L=140, H=2, K=128, dt_mean=-6.0), 'maps, K 128')
+    ok &= maps(lib, rows, case(S=3, L=100, H=2, K=64, dt_mean=-6.0, starts=[[-1], [-4, 30, 64, 90], [0, 1]]),
+               'maps, K 64, packed documents')
+    x = case(S=2, L=500, H=4, K=128)
+    one, two = run(lib, x), run(lib, x)
+    same = all(torch.equal(one[n], two[n]) for n in one)
+    print('two runs give the same bits:', same, flush=True)
+    return rows, ok and same

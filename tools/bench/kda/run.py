@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Checks and times the CUDA kernels of KDA, beside flash-linear-attention's chunk_kda in the same process.
+
+    tools/bench/kda/run.py --library build/cuda/tools/bench/kda/libdeltapipe_kda.so --out tools/bench/results/kda.json
+
+Times are medians of CUDA events over calls that rotate among three sets of inputs; the two implementations take turns.
+A ratio is the peer's time over ours."""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+
+import torch
+
+import check
+from library import Library
+
+# Measured ceilings of one H100: copy bandwidth (bytes read and written a second) and bf16 GEMM.
+BANDWIDTH, RATE = 3.0e12, 735e12
+# A token and head at K = V = 128: floating-point operations, and bytes with every tensor touched once.
+COST = {'forward': (182e3, 1.28e3), 'backward': (475e3, 2.3e3)}
+
+
+def timed(f):
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(4_000_000)  # about 2 ms: the launches are queued before the first of them runs
+    begin.record()
+    f()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+class Ours:
+    def __init__(self, lib, x):
+        self.lib, self.x = lib, x
+        self.o = torch.empty_like(x['v'])
+        self.gradients = {n: torch.empty_like(x[t]) for n, t in
+                          (('dq', 'q'), ('dk', 'k'), ('dv', 'v'), ('df', 'f'), ('db', 'b'))}
+        self.gradients |= {n: torch.zeros_like(x[t]) for n, t in (('da_log', 'a_log'), ('ddt_bias', 'dt_bias'))}
+
+    def forward(self):
+        self.lib.forward(self.x, None, self.o, None)
+
+    def backward(self):
+        self.lib.backward(self.x, None, self.x['d_o'], None, self.gradients, None)
+
+
+class Peer:
+    """chunk_kda with gate, norms and sigmoid in the kernel, recomputing intermediates in backward."""
+
+    def __init__(self, x):
+        from fla.ops.kda import chunk_kda
+        self.x = x
+        self.leaves = [x[n].clone().requires_grad_() for n in ('q', 'k', 'v', 'f', 'b', 'a_log')]
+        self.leaves.append(x['dt_bias'].reshape(-1).clone().requires_grad_())
+        bounded = x['bound'] < 0
+        self.call = lambda: chunk_kda(
+            *self.leaves[:5], scale=x['scale'], A_log=self.leaves[5], dt_bias=self.leaves[6],
+            use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=bounded,
+            lower_bound=x['bound'] if bounded else None, disable_recompute=False, state_v_first=True)[0]
+        self.o = self.call()
+
+    def forward(self):
+        with torch.no_grad():
+            self.call()
+
+    def backward(self):
+        return torch.autograd.grad(self.o, self.leaves, self.x['d_o'], retain_graph=True)
+
+
+def compare(lib, S, L, H, K, bound, peer, repeats, **regime):
+    if bound < 0:
+        regime['dt_mean'] = 0.0
+    sets = [check.case(S, L, H, K, bound=bound, states=False, **regime) for _ in range(3)]
+    ours, theirs = [Ours(lib, x) for x in sets], [Peer(x) for x in sets] if peer else []
+    rows = []
+    for op in ('forward', 'backward'):
+        times, peer_times = [], []
+        for i in range(repeats + 5):
+            a = timed(getattr(ours[i % 3], op))
+            b = timed(getattr(theirs[i % 3], op)) if peer else None
+            if i >= 5:
+                times.append(a)
+                peer_times.append(b)
+        ms, peer_ms = statistics.median(times), statistics.median(peer_times) if peer else None
+        scale = S * L * H * (K / 128) ** 2
+        flop, size = COST[op][0] * scale, COST[op][1] * S * L * H * K / 128
+        limit = 1e3 * max(flop / RATE, size / BANDWIDTH)
+        rows.append(dict(op='kda_' + op, shape=dict(segments=S, length=L, heads=H, head_dim=K, bound=bound, **regime),
+                         ms=ms, spread=[min(times), max(times)], bytes=size, flop=flop, fraction_of_limit=limit / ms,
+                         peer='flash-linear-attention chunk_kda' if peer else None, peer_ms=peer_ms,
+                         ratio=peer_ms / ms if peer else None))
+        print(f"{op:<9s} S {S} T {L} H {H} D {K} bound {bound} {regime}: {ms:.3f} ms, {100 * limit / ms:.0f} % of the "
+              f"limit" + (f', fla {peer_ms:.3f} ms, ratio {peer_ms / ms:.2f}' if peer else ''), flush=True)
+    return rows
+
+
+def phases(lib, x, calls=3):
+    """Mean time of each kernel in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+    ours = Ours(lib, x)
+    ours.forward(), ours.backward()
+    torch.cuda.synchronize()
+    out = {}
+    for op in ('forward', 'backward'):
+        with profile(activities=[ProfilerActivity.CUDA]) as p:
+            for _ in range(calls):
+                getattr(ours, op)()
+            torch.cuda.synchronize()
+        out[op] = {e.key.split('::')[-1].split('(')[0][:60]: e.self_device_time_total / e.count
+                   for e in p.key_averages() if e.self_device_time_total > 0}
+        print(op, {n: round(t) for n, t in out[op].items()}, 'us', flush=True)
+    return out
+
+
+def compare_errors(lib):
+    """Ours and the peer's errors against float64 on the same inputs."""
+    out = {}
+    for name, regime in (('usual', {}), ('decay near none', dict(dt_mean=-25.0)),
+                         ('beta near 1, decay near none', dict(dt_mean=-25.0, b_mean=12.0))):
+        x = check.case(1, 2048, 2, 128, states=False, **regime)
+        want, peer, ours = check.truth(x, 32), Peer(x), check.run(lib, x)
+        got = dict(zip(('dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias'), peer.backward()), o=peer.o.detach())
+        got['ddt_bias'] = got['ddt_bias'].reshape(2, -1)
+        out[name] = {n: (check.error(ours[n], want[n]), check.error(got[n], want[n])) for n in got}
+        print(f'errors in thousandths, ours / fla, {name}:',
+              ' '.join(f'{n} {1e3 * a:.2f}/{1e3 * b:.2f}' for n, (a, b) in out[name].items()), flush=True)
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--library', required=True)
+    parser.add_argument('--out')
+    parser.add_argument('--commit', default='')
+    parser.add_argument('--repeats', type=int, default=30)
+    parser.add_argument('--no-peer', action='store_true')
+    parser.add_argument('--bounded-peer', action='store_true')
+    parser.add_argument('--no-check', action='store_true')
+    args = parser.parse_args()
+    lib = Library(args.library)
+    checks, ok = ([], True) if args.no_check else check.all_cases(lib)
+    print('checks:', 'all within tolerance' if ok else 'FAILED', flush=True)
+    kernels = phases(lib, check.case(1, 32768, 20, 128, states=False))
+    peer, rows = not args.no_peer, []
+    for shape in ((1, 32768), (1, 8192)):
+        rows += compare(lib, *shape, 20, 128, 0.0, peer, args.repeats)
+    rows += compare(lib, 1, 32768, 20, 128, -5.0, peer and args.bounded_peer, args.repeats)
+    rows += compare(lib, 4, 8192, 20, 128, 0.0, False, args.repeats)
+    rows += compare(lib, 1, 32768, 20, 128, 0.0, False, 10, dt_mean=30.0)
+    errors = compare_errors(lib) if peer else None
+    smi = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'],
+                         capture_output=True, text=True).stdout.strip().split(', ')
+    result = dict(benchmark='kda', gpu=smi[0], driver=smi[-1], commit=args.commit, command=' '.join(sys.argv),
+                  rows=rows, kernels_us=kernels, checks=checks, errors_beside_peer=errors)
+    if args.out:
+        with open(args.out, 'w') as f:
+            json.dump(result, f, indent=1)
+    return 0 if ok else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
