@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <ostream>
 
 namespace deltapipe {
 namespace {
@@ -93,6 +94,7 @@ struct Case {
   std::vector<std::string> mixers;
   double gate_lower_bound;
   int objective;  // 0 end to end, 1 cross-entropy, 2 alignment
+  friend void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 };
 
 class WholeModel : public ::testing::TestWithParam<Case> {};
