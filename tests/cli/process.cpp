@@ -79,6 +79,7 @@ Process::Process(std::vector<std::string> arguments, ProcessOptions options) {
   if (pid_ > 0) return;
   // Threads that spin for work would take the cores from processes that have some.
   setenv("OMP_WAIT_POLICY", "passive", 1);
+  setenv("LSAN_OPTIONS", "suppressions=" DELTAPIPE_LSAN_SUPPRESSIONS ":print_suppressions=0", 1);
   redirect(streams_ / "out", STDOUT_FILENO);
   redirect(streams_ / "err", STDERR_FILENO);
   if (chdir(options.folder.c_str()) != 0) _exit(76);
