@@ -47,7 +47,7 @@ int main(int argc, char** argv) {
   ::testing::InitGoogleTest(&argc, argv);
   try {
     deltapipe::CommunicationSettings settings;
-    settings.timeout_s = 60;  // far above any wait of a test, below CTest's limit
+    settings.timeout_s = 200;  // far above any wait of a test on a busy machine, below CTest's limit
     deltapipe::MpiRuntime runtime(settings);
     deltapipe::testing::current_runtime = &runtime;
     return deltapipe::testing::run_tests(runtime);

@@ -23,14 +23,14 @@ class Watchdog : public ::testing::Test {
     runtime().set_where("");
     runtime().world().barrier(stream);  // the world still works
   }
-  /// The error of `f`, which must come after the timeout and within another 2 s (the machine may be busy).
+  /// The error of `f`, which must come after the timeout and within another 20 s (the machine may be busy).
   template <class F>
   std::string error_in_time(const F& f) {
     const auto begin = std::chrono::steady_clock::now();
     const std::string error = communication_error(f);
     const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     EXPECT_GE(waited, timeout_s);
-    EXPECT_LT(waited, timeout_s + 2);
+    EXPECT_LT(waited, timeout_s + 20);
     return error;
   }
 
