@@ -8,8 +8,7 @@ import reference
 # root of the sum of their squares and its own size together, and may be as large as df's.
 TOLERANCE = {'o': 5e-3, 'state': 5e-3, 'dq': 8e-3, 'dk': 8e-3, 'dv': 8e-3, 'dstate_in': 8e-3, 'df': 2e-2, 'db': 2e-2,
              'da_log': 2e-2, 'ddt_bias': 8e-3}
-# Nothing is ever forgotten and every write is whole: the roundings of hundreds of states and writes add up, in any
-# implementation with bf16 operands (run.py prints the peer's error beside ours).
+# Nothing is ever forgotten and every write is whole: the roundings of the bf16 operands of hundreds of steps add up.
 NEVER_FORGETS = {'o': 8e-3, 'state': 8e-3, 'dq': 1e-2, 'dk': 1e-2, 'dv': 1e-2, 'dstate_in': 1e-2}
 
 
