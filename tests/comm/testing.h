@@ -71,6 +71,7 @@ inline Owned<std::int32_t> pack_documents(std::int64_t tokens,
 
 template <class T>
 bool same_bits(const Owned<T>& a, const Owned<T>& b) {
+  if (a.size() == 0 || b.size() == 0) return a.size() == b.size();  // no memory to compare
   return a.size() == b.size() && std::memcmp(a.begin(), b.begin(), static_cast<std::size_t>(a.size()) * sizeof(T)) == 0;
 }
 
