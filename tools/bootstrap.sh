@@ -7,7 +7,7 @@
 set -euo pipefail
 
 packages=(
-  g++ cmake ninja-build pkg-config ccache git python3 python3-venv
+  g++ cmake ninja-build pkg-config ccache git ca-certificates python3 python3-venv
   libtomlplusplus-dev libhdf5-dev libopenblas-dev libcli11-dev nlohmann-json3-dev libfmt-dev libspdlog-dev libxxhash-dev
   libopenmpi-dev openmpi-bin
   libgtest-dev
