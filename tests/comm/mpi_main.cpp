@@ -3,6 +3,7 @@
 #include "tests/comm/testing.h"
 
 #include <cstdio>
+#include <string>
 
 namespace deltapipe::testing {
 namespace {
@@ -14,13 +15,18 @@ class FailurePrinter final : public ::testing::EmptyTestEventListener {
   explicit FailurePrinter(int rank) : rank_(rank) {}
 
  private:
+  void OnTestStart(const ::testing::TestInfo& test) override {
+    test_ = std::string(test.test_suite_name()) + "." + test.name();
+  }
+  // GoogleTest holds its lock here: asking it for the current test would wait for ever.
   void OnTestPartResult(const ::testing::TestPartResult& result) override {
     if (!result.failed()) return;
-    const auto* test = ::testing::UnitTest::GetInstance()->current_test_info();
-    std::fprintf(stderr, "[rank %d] %s.%s %s:%d: %s\n", rank_, test != nullptr ? test->test_suite_name() : "",
-                 test != nullptr ? test->name() : "", result.file_name() != nullptr ? result.file_name() : "",
-                 result.line_number(), result.message());
+    std::fprintf(stderr, "[rank %d] %s %s:%d: %s\n", rank_, test_.c_str(),
+                 result.file_name() != nullptr ? result.file_name() : "", result.line_number(), result.message());
   }
+  void OnTestEnd(const ::testing::TestInfo&) override { test_.clear(); }
+
+  std::string test_;
   int rank_;
 };
 

@@ -92,8 +92,8 @@ TEST_P(AttentionSplit, EqualsTheWholeSequence) {
   for (const std::int64_t length : {5, 9, 70}) {
     SCOPED_TRACE(length);
     expect_split_equals_whole<double>(GetParam(), length, 1e-12);
-    // float: sums of up to 1,120 terms of either sign, 6e-8 each
-    expect_split_equals_whole<float>(GetParam(), length, 5e-6);
+    // Sums of up to 1,120 terms of either sign, 6e-8 each: measured up to 4e-7.
+    expect_split_equals_whole<float>(GetParam(), length, 3e-6);
   }
 }
 

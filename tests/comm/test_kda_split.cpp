@@ -196,14 +196,15 @@ class KdaSplit : public ::testing::TestWithParam<LayoutKind> {};
 TEST_P(KdaSplit, EqualsTheWholeSequenceInDouble) {
   for (const std::int64_t length : {3, 9, 70}) {  // as short as the halo, one chunk, a chunk and a bit
     SCOPED_TRACE(length);
-    expect_split_equals_whole<double>(GetParam(), length, 1e-12);
+    expect_split_equals_whole<double>(GetParam(), length, 1e-12);  // measured up to 2e-14
   }
 }
 
 TEST_P(KdaSplit, EqualsTheWholeSequenceInFloat) {
   for (const std::int64_t length : {9, 70}) {
     SCOPED_TRACE(length);
-    expect_split_equals_whole<float>(GetParam(), length, 2e-5);
+    // Measured up to 2e-6 (gradients of decays: sums of products of states and gradients, 6e-8 each); five times that.
+    expect_split_equals_whole<float>(GetParam(), length, 1e-5);
   }
 }
 
