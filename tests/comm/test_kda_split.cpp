@@ -203,8 +203,9 @@ TEST_P(KdaSplit, EqualsTheWholeSequenceInDouble) {
 TEST_P(KdaSplit, EqualsTheWholeSequenceInFloat) {
   for (const std::int64_t length : {9, 70}) {
     SCOPED_TRACE(length);
-    // Measured up to 2e-6 (gradients of decays: sums of products of states and gradients, 6e-8 each); five times that.
-    expect_split_equals_whole<float>(GetParam(), length, 1e-5);
+    // Against the whole sequence in double. Most tensors are within 2e-6; da_log, a signed sum over all tokens and
+    // channels that partly cancels, reaches 1.03e-5 at eight ranks and 1,120 tokens. Twice that.
+    expect_split_equals_whole<float>(GetParam(), length, 2e-5);
   }
 }
 
