@@ -15,7 +15,6 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <sstream>
 #include <thread>
 
@@ -80,9 +79,6 @@ Process::Process(std::vector<std::string> arguments, ProcessOptions options) {
   if (pid_ > 0) return;
   // Threads that spin for work would take the cores from processes that have some.
   setenv("OMP_WAIT_POLICY", "passive", 1);
-  // The HDF5 library loses its caches when it cannot close a file.
-  std::ofstream(streams_ / "leaks") << "leak:libhdf5\n";
-  setenv("LSAN_OPTIONS", fmt::format("suppressions={}:print_suppressions=0", (streams_ / "leaks").string()).c_str(), 1);
   redirect(streams_ / "out", STDOUT_FILENO);
   redirect(streams_ / "err", STDERR_FILENO);
   if (chdir(options.folder.c_str()) != 0) _exit(76);
