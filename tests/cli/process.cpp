@@ -121,10 +121,10 @@ bool Process::has_ended() {
 }
 
 Outcome Process::wait() {
-  const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::minutes(5);
   while (!has_ended()) {
     if (std::chrono::steady_clock::now() > end) {
-      ADD_FAILURE() << outcome_.command << " did not end within a minute";
+      ADD_FAILURE() << outcome_.command << " did not end within five minutes";
       kill(SIGKILL);
       int status = 0;
       waitpid(pid_, &status, 0);

@@ -43,7 +43,7 @@ class Process {
 
   void kill(int signal) const;
   bool has_ended();
-  /// Kills the process, and fails the test, when it does not end within a minute.
+  /// Kills the process, and fails the test, when it does not end within five minutes.
   Outcome wait();
 
  private:
