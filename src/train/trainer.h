@@ -71,6 +71,10 @@ class Trainer {
   /// Step `stage_step` (from 0) of the current stage, after the one before it or any other after begin_stage() and
   /// stop(). Data depends on the step's number alone. On a dry stream `loader` may be null.
   StepReport step(const SequenceLoader* loader, std::int64_t stage_step);
+  /// Its two halves. After accumulate() the gradients of optimizer().state() are the whole batch's; `applied` is not
+  /// known yet. update() changes weights unless loss or gradients are not finite; then the gradients are gone.
+  StepReport accumulate(const SequenceLoader* loader, std::int64_t stage_step);
+  void update(StepReport& report);
   /// Before steps end elsewhere than at the end of a stage: drops what was done ahead.
   void stop();
   DivergenceResult evaluate(const WindowReader* reader);
