@@ -70,7 +70,7 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
     const auto batch_scope = batch.scope(), activation_scope = arenas_.activations.scope(),
                communication_scope = arenas_.communication.scope();
     mark_trainable(i);  // what a microbatch keeps for weights' gradients depends on it
-    pipeline::Schedule schedule = plan_.schedule(i);
+    const pipeline::Schedule& schedule = plan_.schedules[i];
     std::vector<HostBatch> batches;
     const bool ahead = schedule.teacher == pipeline::Teacher::ahead;
     for (int n = 0; n < (ahead ? 2 : 1); ++n) {
@@ -78,7 +78,7 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
                            mesh_.coordinate().sequence);
     }
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
-    pipeline::Executor executor(stages_, std::move(schedule), job, batches.front(), context_.sequence,
+    pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence,
                                 arenas_.activations, arenas_.communication);
     most = std::max(most, batch.used());
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});

@@ -28,7 +28,8 @@ struct TrainingPlan {
   std::optional<ModelSpec> teacher;
   std::vector<Objective> objectives;  // one a stage of the recipe
   MeshShape mesh;
-  std::vector<LayerRange> partition;  // layers of every virtual stage of the pipeline
+  std::vector<LayerRange> partition;           // layers of every virtual stage of the pipeline
+  std::vector<pipeline::Schedule> schedules;  // one a stage of the recipe
 
   const ModelSpec* teacher_spec() const { return teacher ? &*teacher : nullptr; }
   /// Whether any stage trains this parameter.
@@ -41,8 +42,7 @@ struct TrainingPlan {
   std::vector<LayerRange> ranges_of(int pipeline_rank) const;
   /// Microbatches that a rank runs in a step of stage i.
   int microbatches(std::size_t i) const;
-  /// The schedule of stage i, and what it was placed with.
-  pipeline::Schedule schedule(std::size_t i) const;
+  /// What the schedule of stage i was placed with.
   pipeline::CostModel cost_model(std::size_t i) const;
 };
 

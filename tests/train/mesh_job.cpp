@@ -41,11 +41,12 @@ StudentConfig student_config(const std::string& student) {
   return c;
 }
 
-/// Matrices N(0, 1 / inputs), norms near 1.
+/// Matrices N(0, 1 / inputs), norms near 1; what layers add to the hidden state is scaled down, as in deep models.
 void fill(const ParameterSpec& p, const Tensor& out) {
   const RandomStream r(11, "teacher " + p.name);
   const bool is_norm = p.name.ends_with("norm.weight");
-  const double scale = p.shape.rank() == 2 ? 1.0 / std::sqrt(static_cast<double>(p.shape[1])) : 0.1;
+  double scale = p.shape.rank() == 2 ? 1.0 / std::sqrt(static_cast<double>(p.shape[1])) : 0.1;
+  if (p.name.ends_with("o_proj.weight") || p.name.ends_with("down_proj.weight")) scale *= 0.4;
   for (std::int64_t i = 0; i < out.numel(); ++i) {
     const double x = (is_norm ? 1.0 : 0.0) + scale * r.normal(static_cast<std::uint64_t>(i));
     if (out.dtype == DType::f64) {
@@ -58,14 +59,14 @@ void fill(const ParameterSpec& p, const Tensor& out) {
 
 Config config_of(const MeshCase& c, DType dtype) {
   const std::string losses = c.aligns ? "mixer_mse = 1.0"
-                                      : "ce = 0.2\nkl = 0.5\ntvd = 0.1\nhidden_cosine = 0.5\nhidden_mse = 0.05";
+                                      : "ce = 0.2\nkl = 0.5\njsd = 0.2\nhidden_cosine = 0.5\nhidden_mse = 0.05";
   const std::string text = fmt::format(
       "[run]\ndtype = '{}'\n[teacher]\npath = '-'\n[data]\ntrain = '-'\nvalidation = '-'\n"
       "[mesh]\nlayout = '{}'\n[pipeline]\nschedule = '{}'\nchunks = {}\nteacher = '{}'\n"
       "[memory]\nrecompute = {}\nloss_block_tokens = 40\n[eval]\ntokens = 480\n"
       "[[stage]]\nname = 's'\nsteps = {}\nsequence_length = {}\nbatch_sequences = 8\nlearning_rate = 1e-3\n"
       "schedule = 'constant'\n{}\n[stage.loss]\n{}\n",
-      name_of(dtype), name_of(c.layout), c.schedule, c.chunks, c.teacher, c.recompute, mesh_job_steps, mesh_job_length,
+      name_of(dtype), name_of(c.layout), c.schedule, c.chunks, c.teacher, c.recompute, mesh_job_steps, c.length,
       c.aligns ? "" : "temperature = 2.0", losses);
   return parse_config(text, "mesh_job.toml");
 }
@@ -90,14 +91,15 @@ std::string MeshCase::name() const {
                      chunks, teacher, recompute ? ", recompute" : "");
 }
 
-MeshJob::MeshJob(const MeshCase& which, Mesh& mesh, DType dtype, std::int64_t layers)
+MeshJob::MeshJob(const MeshCase& which, Mesh& mesh, DType dtype, std::int64_t layers, const Change& change)
     : mesh_(mesh), plan_(plan_of(which, dtype, layers)) {
+  if (change) change(plan_);
   // Documents of 1 to 150 tokens: they begin, end and go on at cuts of segments and sequences.
   write_dataset(folder_ / "tokens.h5", {"tiny", "none", vocabulary, -1, 22},
                 random_documents(5, 200, 150, vocabulary));
   data_ = std::make_unique<TokenDataset>(folder_ / "tokens.h5");
-  loader_ = std::make_unique<SequenceLoader>(*data_, mesh_job_length, 1, true);
-  validation_ = std::make_unique<WindowReader>(*data_, mesh_job_length, true);
+  loader_ = std::make_unique<SequenceLoader>(*data_, which.length, 1, true);
+  validation_ = std::make_unique<WindowReader>(*data_, which.length, true);
   arenas_ = Trainer::measure(plan_, mesh_, Device()).reserve();
   trainer_ = std::make_unique<Trainer>(plan_, mesh_, arenas_, Stream::cpu());
   for (Parameter& p : trainer_->models().teacher_parameters()->all()) fill(p.spec, p.value);

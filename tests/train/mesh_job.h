@@ -6,6 +6,7 @@
 #include "tests/data/testing.h"
 #include "train/trainer.h"
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,18 +23,20 @@ struct MeshCase {
   int chunks = 1;
   std::string teacher = "inline";
   bool recompute = false;
+  std::int64_t length = 96;  // tokens of a sequence: 8 segments of 12, and 2, 3, 4 or 6
   /// Of both models: 4, or 8 where the pipeline has more stages.
   std::int64_t layers() const { return shape.pipeline * chunks > 4 ? 8 : 4; }
   std::string name() const;
 };
 
 inline constexpr std::int64_t mesh_job_steps = 10;
-inline constexpr std::int64_t mesh_job_length = 96;  // divides into 8 segments of 12 tokens, and into 2, 3, 4, 6
 
 class MeshJob {
  public:
   /// Collective over `mesh`; `layers` of both models. Each rank writes the same small dataset into a folder of its own.
-  MeshJob(const MeshCase& which, Mesh& mesh, DType dtype, std::int64_t layers);
+  /// `change`, when given, acts on the plan before anything is built from it.
+  using Change = std::function<void(TrainingPlan&)>;
+  MeshJob(const MeshCase& which, Mesh& mesh, DType dtype, std::int64_t layers, const Change& change = {});
 
   StepReport step(std::int64_t n) { return trainer_->step(loader_.get(), n); }
   StepReport accumulate(std::int64_t n) { return trainer_->accumulate(loader_.get(), n); }
