@@ -1,6 +1,7 @@
 # Sourced by the tests of this folder. Needs DELTAPIPE (the program) and SAME_CHECKPOINT (same_checkpoint.cpp).
 # shellcheck shell=bash
 set -euo pipefail
+: "${DELTAPIPE:?the program under test}"
 
 # shellcheck disable=SC2034  # used by those who source this
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../launch" && pwd)
@@ -71,7 +72,7 @@ validation = '$shop/validation.h5'
 every_steps = 50
 tokens = 96
 [checkpoint]
-every_steps = 10
+every_steps = 40
 [[stage]]
 name = 'align'
 steps = $1

@@ -43,6 +43,8 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+# Queued jobs are looked at every two seconds, not every minute.
+SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdParameters=config_overrides
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$1 CoresPerSocket=$1

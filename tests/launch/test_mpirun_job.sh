@@ -51,9 +51,9 @@ finish whole 0
 start killed
 progress killed 3
 kill -KILL "$(ranks_of "$mpirun" | tail -n 1)"
-progress_after() { has_line "$shop/killed/log" 'restart 1 of 3' && has_steps "$shop/killed" 25; }
+progress_after() { has_line "$shop/killed/log" 'restart 1 of 3' && has_steps "$shop/killed" 45; }
 wait_for 60 progress_after || problem "no restart" "$shop/killed/log"
-progress killed 25
+progress killed 45
 kill -KILL "$(ranks_of "$mpirun" | head -n 1)"
 finish killed 0
 expect_line "$shop/killed/log" '^launch: a rank or a host was lost \(exit status 137\); restart 2 of 3'

@@ -41,13 +41,13 @@ signal_ranks() { # each of them, from outside
   kill -"$1" $pids
 }
 
-echo "a job that nothing disturbs"
+echo "$SECONDS s: a job that nothing disturbs"
 submit whole --
 expect_state whole COMPLETED 120
 expect_status whole finished
 expect_line whole "^launch: job $job, start 1, $ranks ranks on .*: unfinished 0/120 -\$"
 
-echo "a time limit: the signal before it, a checkpoint, another start in the same log"
+echo "$SECONDS s: a time limit: the signal before it, a checkpoint, another start in the same log"
 # Slurm looks at time limits twice a minute and signals up to a minute early. So that the tiny job does not end before,
 # its ranks stand still until the signal is on its way.
 submit limited --time=1 --signal=B:USR1@20 --
@@ -63,7 +63,7 @@ expect_line limited '^launch: the job is queued again: unfinished [1-9][0-9]*/12
 expect_line limited "^launch: job $job, start 2, .*: unfinished [1-9][0-9]*/120 "
 expect_same_weights "$shop/whole" "$shop/limited"
 
-echo "scancel: a checkpoint, no other start; the next job goes on"
+echo "$SECONDS s: scancel: a checkpoint, no other start; the next job goes on"
 submit cancelled --
 expect_steps cancelled 15
 scancel "$job"
@@ -75,12 +75,12 @@ submit cancelled --
 expect_state cancelled COMPLETED 120
 expect_same_weights "$shop/whole" "$shop/cancelled"
 
-echo "a limit too short for one step: held, not started again and again"
+echo "$SECONDS s: a limit too short for one step: held, not started again and again"
 cat >"$shop/slow" <<SCRIPT
 #!/usr/bin/env bash
 if [ "\$1" = train ] && [ "\${SLURM_RESTART_COUNT:-0}" = 0 ]; then
   touch "$shop/held/started"
-  sleep 60
+  exec sleep 60
 fi
 exec "$DELTAPIPE" "\$@"
 SCRIPT
@@ -95,7 +95,7 @@ scontrol release "$job"
 expect_state held COMPLETED 120
 expect_same_weights "$shop/whole" "$shop/held"
 
-echo "a wrong configuration: one line, no other start"
+echo "$SECONDS s: a wrong configuration: one line, no other start"
 submit wrong -- --set run.nonsense=1
 expect_state wrong FAILED 60
 is ExitCode 3:0 || problem "exit status $(field ExitCode), expected 3:0" "$shop/wrong/log"
