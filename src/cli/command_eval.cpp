@@ -74,8 +74,9 @@ void evaluate(const Options& options) {
               [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
                 const Distiller distiller(models.student(), models.teacher(), config.memory.loss_block_tokens, false);
                 DivergenceEvaluation evaluation(reader.sequence_length(), arenas.batch);
-                divergence = evaluation.run(c, distiller, models.teacher() != nullptr, &reader, config.eval.tokens,
-                                            arenas.activations);
+                Mesh alone;
+                const pipeline::Stages stages(alone[Axis::pipeline], {distiller});
+                divergence = evaluation.run(c, stages, alone, &reader, config.eval.tokens, arenas.activations);
                 if (!config.eval.needle.lengths.empty()) {
                   needle = evaluate_needle(c, models.student(), models.teacher(), data, config.eval.needle,
                                            static_cast<std::uint64_t>(config.run.seed));

@@ -1,11 +1,32 @@
 #include "cli/commands.h"
 #include "cli/options.h"
+#include "comm/mpi_runtime.h"
+#include "core/error.h"
 #include "core/log.h"
 #include "train/run.h"
 
+#include <algorithm>
 #include <memory>
+#include <string>
+
+#include <xxhash.h>
 
 namespace deltapipe {
+namespace {
+
+/// Before anything else: a mesh that needs a launcher says so.
+void check_world(const Config& config, int ranks) {
+  const MeshConfig& m = config.mesh;
+  const std::int64_t wanted = std::max<std::int64_t>(m.data, 1) * std::max<std::int64_t>(m.pipeline, 1) *
+                              std::max<std::int64_t>(m.sequence, 1);
+  if (ranks == 1 && wanted > 1) {
+    fail<ConfigError>("mesh.data = {} x mesh.pipeline = {} x mesh.sequence = {} needs {} ranks, but this is one process: "
+                      "start it with mpirun -n {} (see launch/)",
+                      m.data, m.pipeline, m.sequence, wanted, wanted);
+  }
+}
+
+}  // namespace
 
 void add_train_command(CLI::App& app) {
   CLI::App* command = app.add_subcommand("train", "run all stages of a configuration");
@@ -18,9 +39,16 @@ void add_train_command(CLI::App& app) {
       ->type_name("auto|none|FOLDER");
   command->add_flag("--restart", run->restart, "begin anew, and remove the checkpoints in the run's folder");
   command->callback([options, run] {
-    const Config config = options->load();
-    log::configure(config.run.log_level, 0, 1);
-    const RunResult result = run_training(config, *run);
+    MpiRuntime runtime;
+    Config config;
+    runtime.together([&] { config = options->load(); });
+    log::configure(config.run.log_level, runtime.rank(), runtime.size());
+    runtime.settings().timeout_s = config.mesh.timeout_s;
+    runtime.together([&] { check_world(config, runtime.size()); });
+    const std::string text = to_toml(config);
+    runtime.agree(DELTAPIPE_VERSION, XXH3_64bits(text.data(), text.size()));
+    const RunResult result = run_training(config, *run, runtime);
+    if (runtime.rank() != 0) return;
     log::info("{} after {} steps, {} tokens, {} skipped steps; checkpoints in {}",
               result.stopped_by_signal == 0 ? "finished" : "stopped", result.steps, result.tokens, result.skipped,
               (run_dir(config.run) / "checkpoints").string());

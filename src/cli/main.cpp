@@ -1,6 +1,8 @@
 // deltapipe: distill a full-attention teacher into a KDA / NoPE hybrid student.
 
 #include "cli/commands.h"
+#include "comm/mpi_communicator.h"
+#include "comm/mpi_runtime.h"
 #include "core/error.h"
 
 #include <CLI/CLI.hpp>
@@ -13,9 +15,15 @@
 
 namespace {
 
+/// Where other ranks would wait for this one they are ended, with the same code.
+int end(int code) {
+  if (deltapipe::mpi_is_up()) deltapipe::MpiRuntime::abort_all(code);
+  return code;
+}
+
 int report(const std::string& message, int code) {
   std::fprintf(stderr, "error: %s\n", message.c_str());
-  return code;
+  return end(code);
 }
 
 int report_bug(const char* what) {
@@ -51,6 +59,8 @@ int main(int argc, char** argv) {
     return report((unknown ? "there is no subcommand '" + unused[0] + "'" : std::string(e.what())) +
                       "; --help lists what is accepted",
                   deltapipe::UsageError("").exit_code());
+  } catch (const deltapipe::PeerError& e) {
+    return end(e.exit_code());  // that rank has told
   } catch (const deltapipe::InternalError& e) {
     return report_bug(e.what());
   } catch (const deltapipe::Error& e) {

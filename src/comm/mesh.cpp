@@ -1,5 +1,7 @@
 #include "comm/mesh.h"
 
+#include "comm/mpi_communicator.h"
+
 #include <algorithm>
 
 namespace deltapipe {
@@ -72,17 +74,28 @@ std::vector<int> MeshShape::group_ranks(Axis axis, int rank) const {
 
 Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape)
     : shape_(shape.resolve(runtime.size())),
-      world_(runtime.world()),
-      coordinate_(shape_.coordinate_of(runtime.rank())) {
-  for (std::size_t i = 0; i < communicators_.size(); ++i) {
+      coordinate_(shape_.coordinate_of(runtime.rank())),
+      world_(&runtime.world()) {
+  for (std::size_t i = 0; i + 1 < communicators_.size(); ++i) {
     const auto axis = static_cast<Axis>(i);
     // A group is told from the others by its first rank.
     communicators_[i] = runtime.split(shape_.group_ranks(axis, rank()).front(), rank(), std::string(name_of(axis)));
   }
 }
 
+Mesh::Mesh(const MeshShape& shape, int rank) : shape_(shape), coordinate_(shape.coordinate_of(rank)) {
+  for (std::size_t i = 0; i < communicators_.size(); ++i) {
+    const auto axis = static_cast<Axis>(i);
+    const std::vector<int> group = shape_.group_ranks(axis, rank);
+    const auto place = std::find(group.begin(), group.end(), rank) - group.begin();
+    communicators_[i] =
+        planned_communicator(static_cast<int>(place), static_cast<int>(group.size()), std::string(name_of(axis)));
+  }
+  world_ = communicators_.back().get();
+}
+
 Communicator& Mesh::operator[](Axis axis) {
-  return axis == Axis::world ? world_ : *communicators_[static_cast<std::size_t>(axis)];
+  return axis == Axis::world ? *world_ : *communicators_[static_cast<std::size_t>(axis)];
 }
 
 }  // namespace deltapipe

@@ -43,18 +43,22 @@ class Mesh {
  public:
   /// Collective over the world. `runtime` outlives the mesh. Throws ConfigError as MeshShape::resolve does.
   Mesh(MpiRuntime& runtime, const MeshShape& shape);
+  /// The mesh as `rank` of a resolved shape would see it, without the other ranks: for dry streams alone.
+  Mesh(const MeshShape& shape, int rank);
+  /// A rank by itself.
+  Mesh() : Mesh(MeshShape(), 0) {}
 
   const MeshShape& shape() const { return shape_; }
   const Coordinate& coordinate() const { return coordinate_; }
-  int rank() const { return world_.rank(); }
+  int rank() const { return shape_.rank_of(coordinate_); }
 
   Communicator& operator[](Axis axis);
 
  private:
   MeshShape shape_;
-  Communicator& world_;
   Coordinate coordinate_;
-  std::array<std::unique_ptr<Communicator>, axis_count - 1> communicators_;  // all but the world's
+  std::array<std::unique_ptr<Communicator>, axis_count> communicators_;  // the world's is the runtime's, unless planned
+  Communicator* world_;
 };
 
 }  // namespace deltapipe

@@ -329,6 +329,7 @@ class MpiOperation final : public PendingOperation, public Progress::Operation {
 MpiCommunicator::MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm comm, int rank, int size,
                                  const std::string& axis)
     : Communicator(rank, size, axis), progress_(std::move(progress)), comm_(comm) {
+  if (comm_ == MPI_COMM_NULL) return;  // planned
   world_ranks_.resize(static_cast<std::size_t>(size));
   std::vector<int> own(world_ranks_.size());
   for (int i = 0; i < size; ++i) own[static_cast<std::size_t>(i)] = i;
@@ -341,11 +342,12 @@ MpiCommunicator::MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm co
 }
 
 MpiCommunicator::~MpiCommunicator() {
-  if (failed_ || std::uncaught_exceptions() > 0 || !mpi_is_up()) return;  // freeing may wait for the other ranks
+  if (comm_ == MPI_COMM_NULL || failed_ || std::uncaught_exceptions() > 0 || !mpi_is_up()) return;  // freeing may wait for the other ranks
   MPI_Comm_free(&comm_);
 }
 
 MpiOperation& MpiCommunicator::take(const char* name, Purpose purpose, int tag) {
+  require(comm_ != MPI_COMM_NULL, "a planned communicator carries nothing");
   if (idle_.empty()) {
     operations_.push_back(std::make_unique<MpiOperation>(*this));
     idle_.reserve(operations_.size());
@@ -466,6 +468,12 @@ std::unique_ptr<Communicator> split_world(const std::shared_ptr<Progress>& progr
   }
   MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN);
   return std::make_unique<MpiCommunicator>(progress, comm, rank, size, axis);
+}
+
+std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis) {
+  if (size == 1) return std::make_unique<SingleRank>(axis);
+  return std::make_unique<MpiCommunicator>(std::make_shared<Progress>(CommunicationSettings{}), MPI_COMM_NULL, rank, size,
+                                           axis);
 }
 
 }  // namespace deltapipe

@@ -80,7 +80,8 @@ MpiRuntime::MpiRuntime(const CommunicationSettings& settings)
 }
 
 MpiRuntime::~MpiRuntime() {
-  if (!started_ || std::uncaught_exceptions() > uncaught_ || !mpi_is_up()) return;
+  const bool leaving = std::uncaught_exceptions() > uncaught_ && !failed_together_ && size() > 1;
+  if (!started_ || leaving || !mpi_is_up()) return;
   try {
     world_->barrier(Stream::cpu());
   } catch (const Error& e) {
@@ -109,18 +110,45 @@ void MpiRuntime::agree(std::string_view version, std::uint64_t config_hash) {
   constexpr auto bytes = static_cast<std::int64_t>(sizeof(Identity));
   world_->all_gather(Stream::cpu(), Tensor(&own, DType::u8, {bytes}), Tensor(all.data(), DType::u8, {size() * bytes}),
                      Purpose::control);
-  const Identity& first = all.front();
-  for (std::size_t rank = 1; rank < all.size(); ++rank) {
-    const Identity& other = all[rank];
-    if (other.version != first.version) {
-      fail<CommunicationError>("rank {} runs version {}, rank 0 version {}: install one binary on every host", rank,
-                               other.version.data(), first.version.data());
+  together([&] {
+    const Identity& first = all.front();
+    for (std::size_t rank = 1; rank < all.size(); ++rank) {
+      const Identity& other = all[rank];
+      if (other.version != first.version) {
+        fail<CommunicationError>("rank {} runs version {}, rank 0 version {}: install one binary on every host", rank,
+                                 other.version.data(), first.version.data());
+      }
+      if (other.config_hash != first.config_hash) {
+        fail<CommunicationError>("rank {} has another configuration than rank 0 (hash {:016x}, not {:016x})", rank,
+                                 other.config_hash, first.config_hash);
+      }
     }
-    if (other.config_hash != first.config_hash) {
-      fail<CommunicationError>("rank {} has another configuration than rank 0 (hash {:016x}, not {:016x})", rank,
-                               other.config_hash, first.config_hash);
-    }
+  });
+}
+
+void MpiRuntime::together(const std::function<void()>& f) {
+  std::exception_ptr own;
+  std::int32_t code = 0;
+  try {
+    f();
+  } catch (const Error& e) {
+    own = std::current_exception();
+    code = e.exit_code();
+  } catch (const std::exception&) {
+    own = std::current_exception();
+    code = InternalError("").exit_code();
   }
+  std::vector<std::int32_t> codes(static_cast<std::size_t>(size()), code);
+  if (size() > 1) {
+    world_->all_gather(Stream::cpu(), Tensor(&code, DType::i32, {1}), Tensor(codes.data(), DType::i32, {size()}),
+                       Purpose::control);
+  }
+  const auto first = std::find_if(codes.begin(), codes.end(), [](std::int32_t x) { return x != 0; });
+  if (first == codes.end()) return;
+  failed_together_ = true;
+  const auto teller = static_cast<int>(first - codes.begin());
+  if (teller == rank()) std::rethrow_exception(own);
+  throw PeerError(teller, *first);
 }
 
 void MpiRuntime::abort_all(int code) {

@@ -11,7 +11,7 @@
 // - A dead rank (killed, crashed, out of memory): Open MPI's mpirun sees the process end without MPI_Finalize and ends
 //   the job itself, as srun does with --kill-on-bad-exit; where the launcher does not, the deadline does.
 // - While an exception leaves the runtime's scope, MPI_Finalize, which waits for all ranks, is not called: call
-//   abort_all(error.exit_code()) after printing.
+//   abort_all(error.exit_code()) after printing. An error of together() is thrown on all ranks, which then do end MPI.
 // The only calls outside the watchdog are MPI_Init, communicator splits right after a watched barrier, and MPI_Finalize
 // right after a watched barrier.
 #pragma once
@@ -53,9 +53,14 @@ class MpiRuntime {
   /// Where the program is ("step 12"), for error lines.
   void set_where(std::string where);
 
+  /// Runs `f`, which may fail on any rank but talks to none, on every rank. When it failed anywhere this throws on all:
+  /// its error on the first rank that has one, PeerError on the others, so that one line is printed. All ranks then end
+  /// MPI together, and the job's exit code is that of the error.
+  void together(const std::function<void()>& f);
+
   /// Start-up check over all ranks that they run the same binary version and configuration. (That they are in one world
   /// is checked by the constructor: ranks in different worlds cannot ask each other.)
-  /// Throws CommunicationError on every rank, naming the first rank that differs from rank 0.
+  /// Throws on every rank, as together() does: a CommunicationError that names the first rank that differs from rank 0.
   void agree(std::string_view version, std::uint64_t config_hash);
 
   /// Ends every rank of the job with `code`; without MPI, this process. Works during and after the runtime's life.
@@ -63,6 +68,7 @@ class MpiRuntime {
 
  private:
   bool started_ = false;
+  bool failed_together_ = false;
   int uncaught_;  // exceptions in flight at construction
   std::shared_ptr<Progress> progress_;
   std::unique_ptr<Communicator> world_;

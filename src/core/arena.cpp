@@ -32,8 +32,16 @@ Arena::Arena(std::string name, std::size_t capacity, Device device)
   base_ = static_cast<std::byte*>(p);
 }
 
+Arena Arena::over(std::string name, const Tensor& memory) {
+  Arena arena(std::move(name), memory.device, false);
+  arena.owning_ = false;
+  arena.base_ = static_cast<std::byte*>(memory.data);
+  arena.capacity_ = memory.bytes();
+  return arena;
+}
+
 void Arena::release() {
-  if (!measuring_ && base_ != nullptr) munmap(base_, capacity_);
+  if (!measuring_ && owning_ && base_ != nullptr) munmap(base_, capacity_);
   base_ = nullptr;
 }
 
@@ -47,6 +55,7 @@ Arena& Arena::operator=(Arena&& other) noexcept {
     name_ = std::move(other.name_);
     device_ = other.device_;
     measuring_ = other.measuring_;
+    owning_ = other.owning_;
     base_ = std::exchange(other.base_, nullptr);
     capacity_ = std::exchange(other.capacity_, 0);
     used_ = std::exchange(other.used_, 0);

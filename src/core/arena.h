@@ -17,6 +17,8 @@ class Arena {
   static Arena measuring(std::string name, Device device = {});
   /// Takes `capacity` bytes now. Throws MemoryError that names the arena and size.
   Arena(std::string name, std::size_t capacity, Device device = {});
+  /// Hands out `memory`, which another arena owns and which outlives this one.
+  static Arena over(std::string name, const Tensor& memory);
   ~Arena();
   Arena(Arena&&) noexcept;
   Arena& operator=(Arena&&) noexcept;
@@ -56,6 +58,7 @@ class Arena {
   std::string name_;
   Device device_;
   bool measuring_ = false;
+  bool owning_ = true;
   std::byte* base_ = nullptr;
   std::size_t capacity_ = 0;
   std::size_t used_ = 0;

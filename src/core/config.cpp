@@ -19,6 +19,7 @@ namespace {
 constexpr std::int64_t most_tokens = std::int64_t{1} << 60;
 constexpr std::int64_t most_size = std::int64_t{1} << 30;
 
+constexpr Integers any_ranks{0, 1 << 20};
 constexpr Integers any_size{0, most_size};
 constexpr Integers positive_size{1, most_size};
 constexpr Integers any_count{0, most_tokens};
@@ -88,6 +89,28 @@ void show(SchemaVisitor& v, RunConfig& c) {
   v.value({"threads", "Host threads of a process; 0: every core it may run on."}, c.threads, Integers{0, 65536});
   v.value({"deterministic", "Same mesh, same seed: bitwise the same run."}, c.deterministic);
   choice(v, {"log_level", "Console lines from this level on: debug, info, warn or error."}, c.log_level);
+}
+
+void show(SchemaVisitor& v, MeshConfig& c) {
+  v.value({"data", "Ranks that take different sequences of a batch; 0: the ranks that the others leave."}, c.data,
+          any_ranks);
+  v.value({"pipeline", "Ranks that the layers are cut over; 0: the ranks that the others leave."}, c.pipeline,
+          any_ranks);
+  v.value({"sequence", "Ranks that every sequence is cut over; 0: the ranks that the others leave."}, c.sequence,
+          any_ranks);
+  choice(v, {"layout", "Cut of a sequence: zigzag (even cost of causal attention) or contiguous."}, c.layout);
+  v.value({"timeout_s", "Seconds without an answer from another rank that end the job."}, c.timeout_s, positive);
+}
+
+void show(SchemaVisitor& v, PipelineConfig& c) {
+  choice(v, {"schedule", "Order of forward and backward passes: 1f1b, interleaved or zero_bubble."}, c.schedule);
+  v.value({"chunks", "Model chunks a rank; over 1 with interleaved alone."}, c.chunks, Integers{1, 1024});
+  choice(v, {"teacher", "When the teacher runs: inline (right before the student) or ahead (in the bubbles)."},
+         c.teacher);
+  v.value({"kept_teacher", "Microbatches that ahead may keep the teacher's hidden states of; 0: as many as it takes."},
+          c.kept_teacher, any_size);
+  v.array({"layers", "Layers of each stage (of each chunk, with interleaved), in order; empty: cut by cost."}, c.layers,
+          positive_size, 0);
 }
 
 void show(SchemaVisitor& v, TeacherConfig& c) {
@@ -240,8 +263,15 @@ void show(SchemaVisitor& v, LogConfig& c) {
   v.value({"every_steps", "Steps between console lines."}, c.every_steps, positive_count);
 }
 
+void show(SchemaVisitor& v, TraceConfig& c) {
+  v.array({"steps", "First and last step, from 1, of which trace.json shows tasks and messages; empty: no trace."},
+          c.steps, positive_count, 0);
+}
+
 void show(SchemaVisitor& v, Config& c) {
   v.section({"run", "The run."}, [&] { show(v, c.run); });
+  v.section({"mesh", "Ranks: data x pipeline x sequence."}, [&] { show(v, c.mesh); });
+  v.section({"pipeline", "Layers over ranks."}, [&] { show(v, c.pipeline); });
   v.section({"teacher", "The model that is distilled."}, [&] { show(v, c.teacher); });
   v.section({"student", "The model that is trained."}, [&] { show(v, c.student); });
   v.section({"data", "Tokens."}, [&] { show(v, c.data); });
@@ -252,6 +282,7 @@ void show(SchemaVisitor& v, Config& c) {
   v.section({"checkpoint", "Training checkpoints."}, [&] { show(v, c.checkpoint); });
   v.section({"eval", "Evaluation during training."}, [&] { show(v, c.eval); });
   v.section({"log", "Console and metrics."}, [&] { show(v, c.log); });
+  v.section({"trace", "What every rank does when, for Perfetto."}, [&] { show(v, c.trace); });
 }
 
 /// Checks across keys; the keys of one check are named in Origins::contradiction's order.
@@ -260,6 +291,7 @@ class Checker {
   Checker(const Config& config, const Origins& origins) : c_(config), origins_(origins) {}
 
   void check() const {
+    check_mesh();
     check_student();
     if (c_.student.init == StudentInit::random) check_model();
     std::map<std::string, std::string> names;  // path of the first stage with each name
@@ -279,6 +311,29 @@ class Checker {
   [[noreturn]] void refuse(const std::vector<std::string>& paths, std::string_view found,
                            std::string_view accepted) const {
     origins_.contradiction(paths, found, accepted);
+  }
+
+  void check_mesh() const {
+    const MeshConfig& m = c_.mesh;
+    const int automatic = (m.data == 0 ? 1 : 0) + (m.pipeline == 0 ? 1 : 0) + (m.sequence == 0 ? 1 : 0);
+    if (automatic > 1) {
+      std::vector<std::string> paths;
+      if (m.pipeline == 0) paths.push_back("mesh.pipeline");
+      if (m.sequence == 0) paths.push_back("mesh.sequence");
+      paths.push_back("mesh.data");
+      refuse(paths, fmt::format("data = {}, pipeline = {}, sequence = {}", m.data, m.pipeline, m.sequence),
+             "at most one 0, the ranks that the others leave");
+    }
+    const PipelineConfig& p = c_.pipeline;
+    if (p.chunks > 1 && p.schedule != PipelineSchedule::interleaved) {
+      refuse({"pipeline.chunks", "pipeline.schedule"},
+             fmt::format("chunks = {} with schedule = \"{}\"", p.chunks, name_of(p.schedule)),
+             "chunks = 1, or schedule = \"interleaved\"");
+    }
+    const std::vector<std::int64_t>& t = c_.trace.steps;
+    if (!t.empty() && (t.size() != 2 || t[0] > t[1])) {
+      refuse({"trace.steps"}, fmt::format("[{}]", fmt::join(t, ", ")), "[first, last] with first <= last, or []");
+    }
   }
 
   void check_student() const {

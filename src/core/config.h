@@ -30,6 +30,12 @@ enum class ModelType : std::uint8_t { arcee, llama, arcee_kda };
 enum class OptimizerPlace : std::uint8_t { device, host };
 enum class StateDType : std::uint8_t { float32, bfloat16 };
 enum class LearningRateSchedule : std::uint8_t { cosine, constant, linear };
+/// How a sequence is cut over its ranks (comm/sequence_layout.h).
+enum class SequenceCut : std::uint8_t { contiguous, zigzag };
+/// Order of forwards and backwards of the pipeline's ranks (pipeline/generators.h).
+enum class PipelineSchedule : std::uint8_t { one_f_one_b, interleaved, zero_bubble };
+/// When the frozen teacher runs: right before the student, or earlier, in the bubbles.
+enum class TeacherTiming : std::uint8_t { in_line, ahead };
 
 /// The words of a choice as they are written in TOML, in the order of the enum's members.
 template <class E>
@@ -50,6 +56,12 @@ template <>
 inline constexpr std::array<std::string_view, 2> words_of<StateDType>{"float32", "bfloat16"};
 template <>
 inline constexpr std::array<std::string_view, 3> words_of<LearningRateSchedule>{"cosine", "constant", "linear"};
+template <>
+inline constexpr std::array<std::string_view, 2> words_of<SequenceCut>{"contiguous", "zigzag"};
+template <>
+inline constexpr std::array<std::string_view, 3> words_of<PipelineSchedule>{"1f1b", "interleaved", "zero_bubble"};
+template <>
+inline constexpr std::array<std::string_view, 2> words_of<TeacherTiming>{"inline", "ahead"};
 template <>
 inline constexpr std::array<std::string_view, 4> words_of<log::Level>{"debug", "info", "warn", "error"};
 
@@ -79,6 +91,25 @@ struct RunConfig {
   bool deterministic = true;
   log::Level log_level = log::Level::info;
   friend bool operator==(const RunConfig&, const RunConfig&) = default;
+};
+
+/// How ranks share the work: data x pipeline x sequence of them. At most one is 0: what the others leave.
+struct MeshConfig {
+  std::int64_t data = 0;
+  std::int64_t pipeline = 1;
+  std::int64_t sequence = 1;
+  SequenceCut layout = SequenceCut::zigzag;
+  double timeout_s = 600.0;  // of one wait for another rank
+  friend bool operator==(const MeshConfig&, const MeshConfig&) = default;
+};
+
+struct PipelineConfig {
+  PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  std::int64_t chunks = 1;  // model chunks a rank; over 1: interleaved alone
+  TeacherTiming teacher = TeacherTiming::in_line;
+  std::int64_t kept_teacher = 0;     // teacher forwards whose hidden states a rank keeps, with ahead; 0: any number
+  std::vector<std::int64_t> layers;  // of each virtual stage; empty: cut by cost
+  friend bool operator==(const PipelineConfig&, const PipelineConfig&) = default;
 };
 
 struct TeacherConfig {
@@ -236,8 +267,15 @@ struct LogConfig {
   friend bool operator==(const LogConfig&, const LogConfig&) = default;
 };
 
+struct TraceConfig {
+  std::vector<std::int64_t> steps;  // [first, last], from 1; empty: no trace
+  friend bool operator==(const TraceConfig&, const TraceConfig&) = default;
+};
+
 struct Config {
   RunConfig run;
+  MeshConfig mesh;
+  PipelineConfig pipeline;
   TeacherConfig teacher;
   StudentConfig student;
   DataConfig data;
@@ -247,6 +285,7 @@ struct Config {
   CheckpointConfig checkpoint;
   EvalConfig eval;
   LogConfig log;
+  TraceConfig trace;
   friend bool operator==(const Config&, const Config&) = default;
 };
 

@@ -51,6 +51,15 @@ struct CommunicationError : Error {
   using Error::Error;
   int exit_code() const override { return 8; }
 };
+/// Another rank failed and has told of it: this rank ends with the same exit code and says nothing.
+class PeerError : public Error {
+ public:
+  PeerError(int rank, int code) : Error("rank " + std::to_string(rank) + " failed"), code_(code) {}
+  int exit_code() const override { return code_; }
+
+ private:
+  int code_;
+};
 /// A broken contract inside the program (a wrong shape handed to a kernel): a bug, not user input.
 struct InternalError : Error {
   using Error::Error;

@@ -20,13 +20,14 @@ struct ArenaSet {
   Arena optimizer;    // moments, and master weights where they differ from the weights
   Arena batch;        // tokens, labels, document starts, positions; loss sums
   Arena activations;  // what forward keeps for backward
+  Arena communication;  // what is on its way to other ranks
   Arena workspace;    // scratch inside one call
 
   static ArenaSet measuring(Device device);
   /// Takes memory of the peaks that this set measured.
   ArenaSet reserve() const;
   std::vector<const Arena*> all() const {
-    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &workspace};
+    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &communication, &workspace};
   }
   std::size_t peak_bytes() const;
   /// "student 12.3 MiB, teacher ..., total ...": one line an arena.
@@ -35,19 +36,29 @@ struct ArenaSet {
 
 class ModelSet {
  public:
-  /// `teacher` may be null. Weights are uninitialised.
-  ModelSet(const ModelSpec& student, const ModelSpec* teacher, DType dtype, ArenaSet& arenas, const Stream& stream);
+  /// Teacher and student, whole or the given ranges of layers of both (of a pipeline's rank, one a chunk). `teacher`
+  /// may be null. Weights are uninitialised.
+  ModelSet(const ModelSpec& student, const ModelSpec* teacher, DType dtype, ArenaSet& arenas, const Stream& stream,
+           const std::vector<LayerRange>& ranges = {});
 
-  ParameterTable& student_parameters() { return student_parameters_; }
-  ParameterTable* teacher_parameters() { return teacher_parameters_ ? &*teacher_parameters_ : nullptr; }
-  const Transformer& student() const { return *student_; }
-  const Transformer* teacher() const { return teacher_.get(); }
+  ParameterTable& student_parameters() { return student_.parameters; }
+  ParameterTable* teacher_parameters() { return teacher_ ? &teacher_->parameters : nullptr; }
+  /// Of the first range, which is the whole model where none was given.
+  const Transformer& student() const { return *student_.chunks.front(); }
+  const Transformer* teacher() const { return teacher_ ? teacher_->chunks.front().get() : nullptr; }
+  const Transformer& student_chunk(std::size_t i) const { return *student_.chunks[i]; }
+  const Transformer* teacher_chunk(std::size_t i) const { return teacher_ ? teacher_->chunks[i].get() : nullptr; }
+  std::size_t chunks() const { return student_.chunks.size(); }
 
  private:
-  ParameterTable student_parameters_;
-  std::optional<ParameterTable> teacher_parameters_;
-  std::unique_ptr<Transformer> student_;
-  std::unique_ptr<Transformer> teacher_;
+  struct Model {
+    Model(const ModelSpec& spec, const std::vector<LayerRange>& ranges, DType dtype, Arena& weights,
+          const Stream& stream);
+    ParameterTable parameters;
+    std::vector<std::unique_ptr<Transformer>> chunks;
+  };
+  Model student_;
+  std::unique_ptr<Model> teacher_;
 };
 
 }  // namespace deltapipe

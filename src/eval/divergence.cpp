@@ -10,21 +10,29 @@
 
 namespace deltapipe {
 
-DivergenceEvaluation::DivergenceEvaluation(std::int64_t length, Arena& batch)
-    : batch_(batch, 1, length), sums_{batch.allocate(DType::f64, {LossSums::count}, "evaluation sums")} {}
+DivergenceEvaluation::DivergenceEvaluation(std::int64_t length, Arena& batch, const SequenceLayout& layout,
+                                           int sequence_rank)
+    : batch_(batch, 1, length, layout, sequence_rank),
+      sums_{batch.allocate(DType::f64, {LossSums::count}, "evaluation sums")} {}
 
-DivergenceResult DivergenceEvaluation::run(const Context& c, const Distiller& distiller, bool has_teacher,
+DivergenceResult DivergenceEvaluation::run(const Context& c, const pipeline::Stages& stages, Mesh& mesh,
                                            const WindowReader* reader, std::int64_t max_tokens, Arena& activations) {
+  const bool has_teacher = stages.has_teacher();
   kernels::DistillWeights weights;
   weights.ce = 1;
   weights.kl = has_teacher ? 1 : 0;
   const std::int64_t available = reader == nullptr ? 1 : static_cast<std::int64_t>(reader->windows());
   const std::int64_t windows = std::clamp<std::int64_t>(max_tokens / batch_.length(), 1, available);
   kernels::fill_zero(c.stream, sums_.values);
-  for (std::int64_t w = 0; w < (c.stream.is_dry() ? 1 : windows); ++w) {
-    if (!c.stream.is_dry()) reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
-    distiller.evaluate(c, batch_.microbatch(0, 1), weights, sums_, microbatch_, activations);
+  const auto first = c.stream.is_dry() ? 0 : std::int64_t{mesh.coordinate().data};
+  for (std::int64_t w = first; w < (c.stream.is_dry() ? 1 : windows); w += mesh.shape().data) {
+    if (!c.stream.is_dry()) {
+      reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
+      batch_.cut();
+    }
+    stages.evaluate(c, batch_.microbatch(0, 1), weights, sums_, microbatch_, activations);
   }
+  mesh[Axis::world].all_reduce_sum(c.stream, sums_.values, Purpose::control, c.workspace);
   DivergenceResult result;
   if (c.stream.is_dry()) return result;
   const double* sums = sums_.values.as<double>();

@@ -1,10 +1,11 @@
 // Perplexity of student and teacher, their divergence and agreement on held-out text.
 #pragma once
 
+#include "comm/mesh.h"
 #include "core/arena.h"
 #include "data/host_batch.h"
 #include "data/loader.h"
-#include "distill/distiller.h"
+#include "pipeline/stages.h"
 
 #include <cstdint>
 #include <optional>
@@ -32,12 +33,14 @@ struct DivergenceResult {
 
 class DivergenceEvaluation {
  public:
-  /// Takes its batch of one sequence of `length` tokens from `batch`.
-  DivergenceEvaluation(std::int64_t length, Arena& batch);
+  /// Takes its batch of one sequence of `length` tokens from `batch`; this rank works on its segments of it.
+  DivergenceEvaluation(std::int64_t length, Arena& batch,
+                       const SequenceLayout& layout = SequenceLayout(LayoutKind::contiguous, 1), int sequence_rank = 0);
 
-  /// The first windows of `reader`, at most `max_tokens` tokens, and at least one window. On a dry stream one window is
-  /// measured and `reader` may be null.
-  DivergenceResult run(const Context& c, const Distiller& distiller, bool has_teacher, const WindowReader* reader,
+  /// The first windows of `reader`, at most `max_tokens` tokens, and at least one window, dealt out over the data axis.
+  /// Every rank of the mesh calls it and has the result. On a dry stream one window is measured and `reader` may be
+  /// null.
+  DivergenceResult run(const Context& c, const pipeline::Stages& stages, Mesh& mesh, const WindowReader* reader,
                        std::int64_t max_tokens, Arena& activations);
 
  private:

@@ -4,6 +4,7 @@
 #include "kernels/linear.h"
 #include "model/context.h"
 #include "model/parameters.h"
+#include "model/weight_tape.h"
 
 namespace deltapipe {
 
@@ -19,10 +20,14 @@ class Linear {
   void forward(const Context& c, const Tensor& x, const Tensor& y) const {
     kernels::linear_forward(c.stream, x, weight_->value, bias_ ? bias_->value : Tensor(), y);
   }
-  /// dx [M, I] = (accumulate ? dx : 0) + dy w; the weight's gradient is added unless it is frozen.
+  /// dx [M, I] = (accumulate ? dx : 0) + dy w; the weight's gradient is added, or noted on c.tape, unless it is frozen.
   void backward(const Context& c, const Tensor& dy, const Tensor& x, const Tensor& dx, bool accumulate = false) const {
     kernels::linear_backward_input(c.stream, dy, weight_->value, dx, accumulate);
-    backward_weight(c, dy, x);
+    if (c.tape == nullptr) {
+      backward_weight(c, dy, x);
+    } else if (weight_->trainable || (bias_ != nullptr && bias_->trainable)) {
+      c.tape->add(c, *this, dy, x);
+    }
   }
   void backward_weight(const Context& c, const Tensor& dy, const Tensor& x) const {
     const Tensor dw = weight_->gradient();

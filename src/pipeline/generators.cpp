@@ -37,10 +37,17 @@ int interleaved_warmup(int ranks, int chunks, int microbatches, int rank) {
   return std::min(2 * (ranks - 1 - rank) + (chunks - 1) * largest_group, chunks * microbatches);
 }
 
-Schedule alignment(int ranks, int microbatches) {
-  Schedule schedule = empty_schedule("align", ranks, 1, microbatches, StudentWork::align);
-  for (auto& list : schedule.tasks) {
-    for (int i = 0; i < microbatches; ++i) list.push_back({TaskKind::align, i, 0, 0});
+/// Nothing comes back, so microbatches follow each other in the order of the interleaved forwards.
+Schedule alignment(int ranks, int chunks, int microbatches) {
+  Schedule schedule = empty_schedule("align", ranks, chunks, microbatches, StudentWork::align);
+  int first = 0;
+  for (const int size : interleaved_groups(ranks, microbatches)) {
+    for (int c = 0; c < chunks; ++c) {
+      for (int i = first; i < first + size; ++i) {
+        for (auto& list : schedule.tasks) list.push_back({TaskKind::align, i, c, 0});
+      }
+    }
+    first += size;
   }
   return schedule;
 }
@@ -132,8 +139,8 @@ Schedule with_teacher_inline(Schedule student) {
 }
 
 Schedule make_schedule(const ScheduleRequest& q, const CostModel& cost) {
-  if (q.chunks != 1 && q.kind != ScheduleKind::interleaved) {
-    fail<InternalError>("make_schedule: {} chunks; only the interleaved schedule has more than 1", q.chunks);
+  if (q.chunks != 1 && q.kind != ScheduleKind::interleaved && q.kind != ScheduleKind::align) {
+    fail<InternalError>("make_schedule: {} chunks; only interleaved and align have more than 1", q.chunks);
   }
   if (q.kind == ScheduleKind::align && q.teacher == Teacher::none) {
     fail<InternalError>("make_schedule: mixer alignment needs the teacher");
@@ -143,7 +150,7 @@ Schedule make_schedule(const ScheduleRequest& q, const CostModel& cost) {
     case ScheduleKind::one_f_one_b: schedule = one_f_one_b(q.ranks, q.microbatches); break;
     case ScheduleKind::interleaved: schedule = interleaved(q.ranks, q.chunks, q.microbatches); break;
     case ScheduleKind::zero_bubble: schedule = zero_bubble(q.ranks, q.microbatches); break;
-    case ScheduleKind::align: schedule = alignment(q.ranks, q.microbatches); break;
+    case ScheduleKind::align: schedule = alignment(q.ranks, q.chunks, q.microbatches); break;
   }
   switch (q.teacher) {
     case Teacher::none: return schedule;

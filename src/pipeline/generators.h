@@ -21,7 +21,7 @@ enum class ScheduleKind : std::uint8_t { one_f_one_b, interleaved, zero_bubble, 
 struct ScheduleRequest {
   ScheduleKind kind = ScheduleKind::one_f_one_b;
   int ranks = 1;
-  int chunks = 1;  // over 1: interleaved only
+  int chunks = 1;  // over 1: interleaved and align only
   int microbatches = 1;
   Teacher teacher = Teacher::in_line;
   /// Teacher::ahead: teacher forwards (microbatches times chunks) whose hidden states a rank may keep at a time; 0: any

@@ -89,6 +89,9 @@ void MetricsFile::write(const StepMetrics& m) {
   for (const auto& [name, value] : losses) {
     if (value != 0) j[name] = number(value);
   }
+  for (const TrafficMetrics& t : m.traffic) {
+    j["traffic"][t.axis][t.purpose] = {{"messages", t.messages}, {"bytes", t.bytes}};
+  }
   line(j.dump());
 }
 

@@ -8,8 +8,15 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <vector>
 
 namespace deltapipe {
+
+/// What all ranks sent in a step, for one axis and purpose.
+struct TrafficMetrics {
+  std::string axis, purpose;
+  double messages = 0, bytes = 0;
+};
 
 /// One step as reported.
 struct StepMetrics {
@@ -21,6 +28,7 @@ struct StepMetrics {
   double tokens_per_second = 0;
   std::int64_t skipped = 0;  // non-finite steps so far
   StepReport report;
+  std::vector<TrafficMetrics> traffic;  // of what was used; empty for a job of one rank
 };
 
 /// How one training process ended.

@@ -56,13 +56,23 @@ void Optimizer::capture_weights(const Stream& stream) {
   }
 }
 
+void Optimizer::add_squared_norm(const Context& c, const Tensor& out, std::string_view leave_out) const {
+  for (const State& s : state_) {
+    if (s.parameter->trainable && s.parameter->spec.name != leave_out) {
+      kernels::sum_of_squares(c.stream, s.gradient(), out);
+    }
+  }
+}
+
 Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
   kernels::fill_zero(c.stream, norm_);
-  for (const State& s : state_) {
-    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.gradient(), norm_);
-  }
+  add_squared_norm(c, norm_);
+  return apply(c, c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]), learning_rate);
+}
+
+Optimizer::Result Optimizer::apply(const Context& c, double gradient_norm, double learning_rate) {
   Result result;
-  result.gradient_norm = c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]);
+  result.gradient_norm = gradient_norm;
   if (!std::isfinite(result.gradient_norm)) return result;
   result.applied = true;
   ++updates_;

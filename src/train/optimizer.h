@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace deltapipe {
@@ -41,7 +42,13 @@ class Optimizer {
     double gradient_norm = 0;  // before clipping, over trainable parameters
     bool applied = false;      // false: the norm is not finite and nothing was changed
   };
-  /// One update from the gradients of trainable parameters. Reads one number back from the device.
+  /// out (float64 [1]) += the sum of squares of this shard's trainable gradients, but for the parameters that
+  /// `leave_out`, when given, names: what another rank counts.
+  void add_squared_norm(const Context& c, const Tensor& out, std::string_view leave_out = {}) const;
+  /// One update from the gradients of trainable parameters, clipped for a global norm of `gradient_norm`; none when
+  /// that is not finite.
+  Result apply(const Context& c, double gradient_norm, double learning_rate);
+  /// Both, where this shard is everything. Reads one number back from the device.
   Result step(const Context& c, double learning_rate);
 
   /// Updates applied since reset().

@@ -9,6 +9,7 @@
 #include "core/random.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
+#include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
@@ -17,6 +18,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 
@@ -131,97 +133,211 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+/// Text of rank 0 on every rank.
+std::string broadcast_text(Communicator& world, const std::string& text) {
+  constexpr std::int64_t most = 4096;  // longer than any path
+  std::array<char, most> buffer{};
+  text.copy(buffer.data(), buffer.size() - 1);
+  world.broadcast(Stream::cpu(), Tensor(buffer.data(), DType::u8, {most}), 0, Purpose::control);
+  return buffer.data();
+}
+
 std::uint64_t peak_rss_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
 }
 
+/// Sent by all ranks since the last call, for the metrics.
+class TrafficMeter {
+ public:
+  explicit TrafficMeter(Mesh& mesh) : mesh_(mesh) {}
+
+  std::vector<TrafficMetrics> measure() {
+    std::array<double, 2 * entries> now{};
+    for (std::size_t a = 0; a < axis_count; ++a) {
+      for (std::size_t p = 0; p < purpose_count; ++p) {
+        const Traffic& t = mesh_[static_cast<Axis>(a)].traffic(static_cast<Purpose>(p));
+        now[2 * (a * purpose_count + p)] = static_cast<double>(t.messages);
+        now[2 * (a * purpose_count + p) + 1] = static_cast<double>(t.bytes);
+      }
+    }
+    std::array<double, 2 * entries> sent{};
+    for (std::size_t i = 0; i < now.size(); ++i) sent[i] = now[i] - before_[i];
+    before_ = now;
+    Arena workspace("traffic", std::size_t{1} << 20);
+    mesh_[Axis::world].all_reduce_sum(Stream::cpu(), Tensor(sent.data(), DType::f64, {2 * entries}), Purpose::control,
+                                      workspace);
+    std::vector<TrafficMetrics> list;
+    for (std::size_t i = 0; i < entries; ++i) {
+      if (sent[2 * i] == 0) continue;
+      list.push_back({std::string(name_of(static_cast<Axis>(i / purpose_count))),
+                      std::string(name_of(static_cast<Purpose>(i % purpose_count))), sent[2 * i], sent[2 * i + 1]});
+    }
+    return list;
+  }
+
+ private:
+  static constexpr std::size_t entries = axis_count * purpose_count;
+  Mesh& mesh_;
+  std::array<double, 2 * entries> before_{};
+};
+
 class TrainingRun {
  public:
-  TrainingRun(const Config& config, const RunOptions& options)
+  TrainingRun(const Config& config, const RunOptions& options, MpiRuntime& runtime)
       : config_(config),
+        runtime_(runtime),
         folder_(run_dir(config.run)),
         checkpoints_(folder_ / "checkpoints"),
-        restart_(options.restart),
-        resume_from_(open_checkpoint(options, checkpoints_)),
-        train_data_(config.data.train),
-        sources_(open_models(config, static_cast<std::int64_t>(train_data_.vocabulary()))),
-        plan_(make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr)) {
-    check_vocabulary(train_data_, config.data.train);
-    if (!config.data.validation.empty()) {
-      validation_data_.emplace(config.data.validation);
-      check_vocabulary(*validation_data_, config.data.validation);
-      validation_.emplace(*validation_data_, plan_.evaluation_length(), config.data.isolate_documents);
-    }
-    for (const StageConfig& s : config.stages) {
-      loaders_.emplace_back(train_data_, s.sequence_length, order_seed(config, s), config.data.isolate_documents);
-    }
-    if (resume_from_) {
-      const std::string where = resume_from_->folder().string();
-      first_ = to_progress(resume_from_->state(), plan_, where);
-      compare_configs(config_, resume_from_->state(), where);
-    }
+        restart_(options.restart) {
+    open_resumed(options);
+    MeshShape shape;
+    runtime_.together([&] {
+      shape = MeshShape{static_cast<int>(config.mesh.data), static_cast<int>(config.mesh.pipeline),
+                        static_cast<int>(config.mesh.sequence)}
+                  .resolve(runtime_.size());
+      train_data_.emplace(config.data.train);
+      sources_ = open_models(config, static_cast<std::int64_t>(train_data_->vocabulary()));
+      plan_ = make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr,
+                                 shape);
+      check_vocabulary(*train_data_, config.data.train);
+      if (!config.data.validation.empty()) {
+        validation_data_.emplace(config.data.validation);
+        check_vocabulary(*validation_data_, config.data.validation);
+        validation_.emplace(*validation_data_, plan_.evaluation_length(), config.data.isolate_documents);
+      }
+      for (const StageConfig& s : config.stages) {
+        loaders_.emplace_back(*train_data_, s.sequence_length, order_seed(config, s), config.data.isolate_documents);
+      }
+      if (resume_from_) {
+        const std::string where = resume_from_->folder().string();
+        first_ = to_progress(resume_from_->state(), plan_, where);
+        compare_configs(config_, resume_from_->state(), where);
+      }
+    });
+    mesh_.emplace(runtime_, shape);
   }
 
   RunResult run() {
-    const ArenaSet measured = Trainer::measure(plan_, Device());
-    log::info("student {}: {:.2f} M parameters; memory:\n{}", plan_.student.model_type,
-              static_cast<double>(count_parameters(plan_.student)) / 1e6, measured.table());
-    make_writable_folder(folder_);
-    if (restart_) remove_checkpoints();
-    write_file_atomically(folder_ / "config.toml", to_toml(config_));
-    ArenaSet arenas = measured.reserve();
-    Trainer trainer(plan_, arenas, Stream::cpu());
-    if (sources_.teacher) {
-      for (Parameter& p : trainer.models().teacher_parameters()->all()) sources_.teacher->load(p.spec, p.value);
-    }
+    std::optional<ArenaSet> arenas;
+    std::optional<Trainer> maybe_trainer;
+    runtime_.together([&] {
+      const ArenaSet measured = Trainer::measure(plan_, *mesh_, Device());
+      tell_memory(measured);
+      if (is_first()) {
+        make_writable_folder(folder_);
+        if (restart_) remove_checkpoints();
+        write_file_atomically(folder_ / "config.toml", to_toml(config_));
+      }
+      arenas = measured.reserve();
+      Trainer& trainer = maybe_trainer.emplace(plan_, *mesh_, *arenas, Stream::cpu());
+      if (sources_.teacher) {
+        for (Parameter& p : trainer.models().teacher_parameters()->all()) sources_.teacher->load(p.spec, p.value);
+      }
+    });
+    Trainer& trainer = *maybe_trainer;
     const bool resumed = resume_from_ != nullptr;
     begin(trainer);
     Progress at = first_;
-    MetricsFile metrics(folder_ / "metrics.jsonl", resumed ? at.step : -1);
-    CheckpointWriter writer(checkpoints_, static_cast<int>(config_.checkpoint.keep));
+    std::optional<MetricsFile> metrics;
+    runtime_.together([&] {
+      if (is_first()) metrics.emplace(folder_ / "metrics.jsonl", resumed ? at.step : -1);
+    });
+    MeshCheckpointWriter writer(runtime_, checkpoints_, static_cast<int>(config_.checkpoint.keep));
 
     const auto begin_time = std::chrono::steady_clock::now();
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
+    traffic_.emplace(*mesh_);
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
       const auto windows = loaders_[static_cast<std::size_t>(at.stage)].windows();
-      const auto slices = snapshot_slices(trainer.models().student_parameters(), trainer.optimizer());
+      const auto slices = snapshot_slices(
+          trainer.models().student_parameters(), trainer.optimizer(),
+          [&](const ParameterSpec& p) { return trainer.owns(p); }, (*mesh_)[Axis::data_sequence].rank() == 0);
       TrainingState state = to_state(at, plan_, windows, trainer.optimizer().updates());
       state.model_config = write_huggingface_config(plan_.student, DType::f32);
+      runtime_.set_where(fmt::format("the checkpoint of step {}", at.step));
       writer.write(state, slices);
       saved_step = at.step;
     };
     for (const auto stages = static_cast<std::int64_t>(config_.stages.size()); at.stage < stages;) {
       const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
       const std::int64_t steps = stage_steps(stage);
-      while (at.stage_step < steps && stop_signal() == 0) {
+      while (at.stage_step < steps && !asked_to_stop(writer)) {
         step(trainer, at, stage, metrics, console);
         const bool stage_ends = at.stage_step == steps;
         if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
         if (is_due(config_.checkpoint.every_steps, at.step)) save();
       }
-      if (stop_signal() != 0 || at.stage + 1 == stages) break;
+      if (signal_ != 0 || at.stage + 1 == stages) break;
       ++at.stage;
       at.stage_step = 0;
       trainer.begin_stage(static_cast<std::size_t>(at.stage));
     }
+    trainer.stop();
     if (saved_step != at.step) save();
-    writer.wait();
-    if (stop_signal() != 0) {
-      log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", stop_signal(),
-                strsignal(stop_signal()), at.step);
+    writer.finish();
+    if (signal_ != 0 && is_first()) {
+      log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
+                at.step);
     }
-    const RunResult result{at.step, at.tokens, at.skipped, stop_signal(), seconds_since(begin_time), peak_rss_bytes()};
-    metrics.write_end(result);
+    const RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes()};
+    if (metrics) metrics->write_end(result);
     return result;
   }
 
  private:
   static bool is_due(std::int64_t every, std::int64_t step) { return every > 0 && step % every == 0; }
+
+  bool is_first() const { return runtime_.rank() == 0; }
+
+  /// Rank 0 chooses and checks the checkpoint, files and all; the others read what it chose.
+  void open_resumed(const RunOptions& options) {
+    runtime_.together([&] {
+      if (is_first()) resume_from_ = open_checkpoint(options, checkpoints_);
+    });
+    const std::string chosen =
+        broadcast_text(runtime_.world(), resume_from_ ? fs::absolute(resume_from_->folder()).string() : "");
+    runtime_.together([&] {
+      if (is_first() || chosen.empty()) return;
+      resume_from_ = std::make_unique<CheckpointReader>(chosen, CheckpointReader::Verify::on_use);
+    });
+  }
+
+  void tell_memory(const ArenaSet& measured) const {
+    const MeshShape& m = plan_.mesh;
+    std::string layers;
+    for (const LayerRange& r : plan_.partition) layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
+    if (m.size() > 1) {
+      log::info("{} ranks: data {} x pipeline {} x sequence {} ({}); layers of the stages: {}", m.size(), m.data,
+                m.pipeline, m.sequence, name_of(plan_.layout()), layers);
+    }
+    log::info("student {}: {:.2f} M parameters; memory{}:\n{}", plan_.student.model_type,
+              static_cast<double>(count_parameters(plan_.student)) / 1e6, m.size() > 1 ? " of rank 0" : "",
+              measured.table());
+  }
+
+  /// Whether any rank was signalled, the same answer on all; on the way, a checkpoint that all ranks have written is
+  /// finished.
+  bool asked_to_stop(MeshCheckpointWriter& writer) {
+    std::array<std::int32_t, 2> own{stop_signal(), writer.is_done() ? 1 : 0};
+    std::vector<std::int32_t> all(2 * static_cast<std::size_t>(runtime_.size()), 0);
+    std::copy(own.begin(), own.end(), all.begin());
+    if (runtime_.size() > 1) {
+      runtime_.world().all_gather(Stream::cpu(), Tensor(own.data(), DType::i32, {2}),
+                                  Tensor(all.data(), DType::i32, {2 * runtime_.size()}), Purpose::control);
+    }
+    bool all_done = true;
+    for (std::size_t i = 0; i < all.size(); i += 2) {
+      if (signal_ == 0) signal_ = all[i];
+      all_done = all_done && all[i + 1] != 0;
+    }
+    if (all_done && runtime_.size() > 1) writer.finish();
+    return signal_ != 0;
+  }
 
   void check_vocabulary(const TokenDataset& data, const std::string& path) const {
     const auto vocabulary = static_cast<std::int64_t>(data.vocabulary());
@@ -239,19 +355,26 @@ class TrainingRun {
   /// Weights, moments and trainable parameters of the first step.
   void begin(Trainer& trainer) {
     trainer.begin_stage(static_cast<std::size_t>(first_.stage));
-    if (!resume_from_) {
-      init_student_weights(config_, sources_, trainer.models().student_parameters());
-      trainer.optimizer().capture_weights(Stream::cpu());
-      return;
-    }
-    restore_snapshot(*resume_from_, trainer.models().student_parameters(), trainer.optimizer());
+    runtime_.together([&] {
+      ParameterTable& parameters = trainer.models().student_parameters();
+      if (resume_from_) {
+        restore_snapshot(*resume_from_, parameters, trainer.optimizer());
+      } else {
+        init_student_weights(config_, sources_, parameters);
+        trainer.optimizer().capture_weights(Stream::cpu());
+      }
+    });
+    if (!resume_from_) return;
+    trainer.gather_weights(true);
     log::info("resumed from {} at step {}", resume_from_->folder().string(), first_.step);
     resume_from_.reset();
   }
 
-  void step(Trainer& trainer, Progress& at, const StageConfig& stage, MetricsFile& metrics, ConsoleProgress& console) {
+  void step(Trainer& trainer, Progress& at, const StageConfig& stage, std::optional<MetricsFile>& metrics,
+            ConsoleProgress& console) {
     const auto begin = std::chrono::steady_clock::now();
     const auto index = static_cast<std::size_t>(at.stage);
+    runtime_.set_where(fmt::format("step {}", at.step + 1));
     StepMetrics m;
     m.report = trainer.step(&loaders_[index], at.stage_step);
     const std::int64_t tokens = stage.batch_sequences * stage.sequence_length;
@@ -271,36 +394,57 @@ class TrainingRun {
     m.skipped = at.skipped;
     m.seconds = seconds_since(begin);
     m.tokens_per_second = static_cast<double>(tokens) / m.seconds;
-    metrics.write(m);
-    if (at.step % config_.log.every_steps == 0 || !m.report.applied) {
+    if (runtime_.size() > 1) m.traffic = traffic_->measure();
+    if (metrics) metrics->write(m);
+    if (is_first() && (at.step % config_.log.every_steps == 0 || !m.report.applied)) {
       log::info("{}", console.line(m, stage_steps(stage), plan_.objectives[index]));
     }
     if (at.skipped_in_a_row >= config_.optimizer.max_skipped_steps) {
-      fail<NumericError>("loss or gradient was not finite in {} steps in a row, the last one step {} of stage '{}'",
-                         at.skipped_in_a_row, at.stage_step, stage.name);
+      runtime_.together([&] {
+        fail<NumericError>("loss or gradient was not finite in {} steps in a row, the last one step {} of stage '{}'",
+                           at.skipped_in_a_row, at.stage_step, stage.name);
+      });
     }
   }
 
-  void evaluate(Trainer& trainer, MetricsFile& metrics, const Progress& at) {
+  void evaluate(Trainer& trainer, std::optional<MetricsFile>& metrics, const Progress& at) {
     if (!validation_) return;
+    runtime_.set_where(fmt::format("the evaluation after step {}", at.step));
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
-    metrics.write_evaluation(at.step, stage, result);
+    if (metrics) metrics->write_evaluation(at.step, stage, result);
     log::info("held out, step {}: {}", at.step, result.line());
   }
 
   Config config_;
+  MpiRuntime& runtime_;
   fs::path folder_, checkpoints_;
   bool restart_;
   std::unique_ptr<CheckpointReader> resume_from_;  // until its content is in memory; null: the run begins
-  TokenDataset train_data_;
+  std::optional<TokenDataset> train_data_;
   ModelSources sources_;
   TrainingPlan plan_;
+  std::optional<Mesh> mesh_;
+  std::optional<TrafficMeter> traffic_;
+  int signal_ = 0;  // that some rank was sent
   std::optional<TokenDataset> validation_data_;
   std::optional<WindowReader> validation_;
   std::vector<SequenceLoader> loaders_;
   Progress first_;  // where this process begins
 };
+
+/// What this binary cannot do.
+void check_backend(const Config& config) {
+  if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
+  if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
+  if (config.optimizer.state != StateDType::float32) {
+    fail<ConfigError>("optimizer.state \"bfloat16\" needs run.device = \"cuda\"");
+  }
+  if (config.memory.optimizer != OptimizerPlace::device) {
+    fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
+  }
+  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+}
 
 }  // namespace
 
@@ -336,19 +480,11 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
   }
 }
 
-RunResult run_training(const Config& config, const RunOptions& options) {
-  if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
-  if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
-  if (config.optimizer.state != StateDType::float32) {
-    fail<ConfigError>("optimizer.state \"bfloat16\" needs run.device = \"cuda\"");
-  }
-  if (config.memory.optimizer != OptimizerPlace::device) {
-    fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
-  }
-  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
+  runtime.together([&] { check_backend(config); });
   set_num_threads(static_cast<int>(config.run.threads));
   install_stop_signals();
-  return TrainingRun(config, options).run();
+  return TrainingRun(config, options, runtime).run();
 }
 
 }  // namespace deltapipe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checkpoints/hf_import.h"
+#include "comm/mpi_runtime.h"
 #include "core/config.h"
 #include "model/spec.h"
 #include "train/metrics.h"
@@ -24,7 +25,11 @@ struct RunOptions {
 
 /// Run folder: config.toml (resolved), metrics.jsonl, checkpoints/step-N/. Throws the typed errors of core/error.h;
 /// NumericError after optimizer.max_skipped_steps non-finite steps in a row.
-RunResult run_training(const Config& config, const RunOptions& options);
+///
+/// Every rank of `runtime` calls it with the same arguments and has the result. An error that every rank sees or that
+/// one rank has while setting up or writing a checkpoint is thrown on all (MpiRuntime::together); any other leaves the
+/// ranks apart, and the caller ends them with MpiRuntime::abort_all.
+RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime);
 
 /// The models that a configuration speaks of, opened but not loaded.
 struct ModelSources {

@@ -37,16 +37,18 @@ void read_whole(CheckpointReader& reader, const char* group, const Parameter& p,
 
 }  // namespace
 
-std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer) {
+std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer,
+                                         const std::function<bool(const ParameterSpec&)>& owns, bool writes_frozen) {
   std::vector<TensorSlice> slices;
   for (const Optimizer::State& s : optimizer.state()) {
     const ParameterSpec& p = s.parameter->spec;
+    if (!owns(p)) continue;
     slices.push_back({master_group, p.name, p.shape, s.begin, s.end, s.master});
     slices.push_back({"exp_avg", p.name, p.shape, s.begin, s.end, s.exp_avg});
     slices.push_back({"exp_avg_sq", p.name, p.shape, s.begin, s.end, s.exp_avg_sq});
   }
   for (const Parameter& p : parameters.all()) {
-    if (p.gradient_memory) continue;
+    if (p.gradient_memory || !writes_frozen || !owns(p.spec)) continue;
     slices.push_back({frozen_group, p.spec.name, p.spec.shape, 0, p.value.numel(), p.value.view({p.value.numel()})});
   }
   return slices;

@@ -5,15 +5,18 @@
 #include "model/parameters.h"
 #include "train/optimizer.h"
 
+#include <functional>
 #include <vector>
 
 namespace deltapipe {
 
 /// Groups "master", "exp_avg" and "exp_avg_sq" for parameters that are ever trained, "frozen" for the others. The
-/// slices point into the tables.
-std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer);
+/// slices point into the tables. Of several ranks each element is written once: `owns` leaves out parameters that
+/// another rank of the pipeline writes, and frozen ones are written where `writes_frozen`.
+std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer,
+                                         const std::function<bool(const ParameterSpec&)>& owns, bool writes_frozen);
 
-/// Reads all of it back, the number of updates included. Throws FormatError when the checkpoint lacks a tensor or has
+/// Reads all of it back, the number of updates included; of trained weights this rank's shard alone. Throws FormatError when the checkpoint lacks a tensor or has
 /// it in another shape.
 void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer);
 

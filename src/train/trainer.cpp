@@ -3,6 +3,7 @@
 #include "core/error.h"
 #include "kernels/elementwise.h"
 #include "train/lr_schedule.h"
+#include "train/patterns.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,22 +11,7 @@
 namespace deltapipe {
 namespace {
 
-std::vector<std::regex> compile(const std::vector<std::string>& patterns) {
-  std::vector<std::regex> list;
-  for (const std::string& p : patterns) list.emplace_back(p);
-  return list;
-}
-
-bool matches_any(const std::vector<std::regex>& patterns, const std::string& name) {
-  return std::any_of(patterns.begin(), patterns.end(), [&](const std::regex& r) { return std::regex_search(name, r); });
-}
-
-/// Whether a stage's losses reach this parameter: alignment ends at the mixers.
-bool reaches(const Objective& objective, const ParameterSpec& p, const ModelSpec& student) {
-  if (!objective.aligns_mixers()) return true;
-  return p.layer >= 0 && p.layer < student.layers() &&
-         (p.name.find(".self_attn.") != std::string::npos || p.name.ends_with(".input_layernorm.weight"));
-}
+constexpr std::string_view embedding_name = "model.embed_tokens.weight";
 
 LrKind kind_of(LearningRateSchedule s) {
   switch (s) {
@@ -36,150 +22,203 @@ LrKind kind_of(LearningRateSchedule s) {
   return LrKind::constant;
 }
 
-ModelSet make_models(const TrainingPlan& plan, ArenaSet& arenas, const Stream& stream) {
-  ModelSet models(plan.student, plan.teacher_spec(), compute_dtype(plan.config.run), arenas, stream);
+ModelSet make_models(const TrainingPlan& plan, const Mesh& mesh, ArenaSet& arenas, const Stream& stream) {
+  ModelSet models(plan.student, plan.teacher_spec(), compute_dtype(plan.config.run), arenas, stream,
+                  plan.ranges_of(mesh.coordinate().pipeline));
   models.student_parameters().allocate_gradients(arenas.gradients,
-                                                 [&](const ParameterSpec& p) { return plan.trains(p); });
+                                                 [&](const ParameterSpec& p) { return plan.trains(p); },
+                                                 mesh.shape().data * mesh.shape().sequence);
   return models;
 }
 
-/// Stages follow each other, so their batches share memory: room for the largest, a view for each.
-std::vector<HostBatch> make_batches(const std::vector<StageConfig>& stages, Arena& arena) {
-  std::vector<HostBatch> list;
-  std::size_t most = 0;
-  for (const StageConfig& s : stages) {
-    Arena measuring = Arena::measuring("batch");
-    HostBatch(measuring, s.batch_sequences, s.sequence_length);
-    most = std::max(most, measuring.peak());
+pipeline::Stages make_stages(const TrainingPlan& plan, Mesh& mesh, const ModelSet& models) {
+  std::vector<Distiller> chunks;
+  for (std::size_t i = 0; i < models.chunks(); ++i) {
+    chunks.emplace_back(models.student_chunk(i), models.teacher_chunk(i), plan.config.memory.loss_block_tokens,
+                        plan.config.memory.recompute);
   }
-  for (const StageConfig& s : stages) {
-    const auto scope = arena.scope();
-    list.emplace_back(arena, s.batch_sequences, s.sequence_length);
-  }
-  if (most > 0) arena.allocate(DType::u8, {static_cast<std::int64_t>(most)}, "batch");
-  return list;
+  return pipeline::Stages(mesh[Axis::pipeline], std::move(chunks));
 }
 
 }  // namespace
 
-bool TrainingPlan::trains(const ParameterSpec& parameter) const {
-  for (std::size_t i = 0; i < config.stages.size(); ++i) {
-    if (reaches(objectives[i], parameter, student) && !matches_any(compile(config.stages[i].frozen), parameter.name)) {
-      return true;
-    }
-  }
-  return false;
-}
-
-std::int64_t TrainingPlan::evaluation_length() const {
-  return config.eval.sequence_length != 0 ? config.eval.sequence_length : config.stages.back().sequence_length;
-}
-
-std::int64_t TrainingPlan::total_steps() const {
-  std::int64_t n = 0;
-  for (const StageConfig& s : config.stages) n += stage_steps(s);
-  return n;
-}
-
-TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, const ModelSpec* teacher) {
-  if (config.stages.empty()) fail<ConfigError>("nothing to train: the configuration has no [[stage]]");
-  TrainingPlan plan{config, student, std::nullopt, {}};
-  if (teacher != nullptr) plan.teacher = *teacher;
-  for (const StageConfig& s : config.stages) plan.objectives.push_back(make_objective(s, student, teacher));
-  const auto parameters = parameters_of(student);
-  for (std::size_t i = 0; i < config.stages.size(); ++i) {
-    const StageConfig& s = config.stages[i];
-    const auto frozen = compile(s.frozen);
-    const bool any = std::any_of(parameters.begin(), parameters.end(), [&](const ParameterSpec& p) {
-      return reaches(plan.objectives[i], p, student) && !matches_any(frozen, p.name);
-    });
-    if (!any) fail<ConfigError>("stage '{}' trains nothing: its frozen patterns match every parameter", s.name);
-    for (const std::string& pattern : s.frozen) {
-      const std::regex r(pattern);
-      if (std::none_of(parameters.begin(), parameters.end(),
-                       [&](const ParameterSpec& p) { return std::regex_search(p.name, r); })) {
-        fail<ConfigError>("stage '{}': frozen pattern '{}' matches no parameter of the student", s.name, pattern);
-      }
-    }
-  }
-  return plan;
-}
-
-Trainer::Trainer(const TrainingPlan& plan, ArenaSet& arenas, const Stream& stream)
+Trainer::Trainer(const TrainingPlan& plan, Mesh& mesh, ArenaSet& arenas, const Stream& stream)
     : plan_(plan),
+      mesh_(mesh),
       arenas_(arenas),
-      context_{stream, arenas.workspace},
-      models_(make_models(plan, arenas, stream)),
-      optimizer_(plan.config.optimizer, models_.student_parameters(), arenas.optimizer),
-      distiller_(models_.student(), models_.teacher(), plan.config.memory.loss_block_tokens,
-                 plan.config.memory.recompute),
-      batches_(make_batches(plan.config.stages, arenas.batch)),
-      sums_{arenas.batch.allocate(DType::f64, {LossSums::count}, "loss sums")},
-      evaluation_(plan_.evaluation_length(), arenas.batch) {}
+      sequence_(mesh.shape().sequence == 1 ? std::nullopt
+                                           : std::make_optional<SequenceParallel>(mesh[Axis::sequence], plan.layout())),
+      context_{stream, arenas.workspace, sequence_ ? &*sequence_ : nullptr, nullptr},
+      models_(make_models(plan, mesh, arenas, stream)),
+      optimizer_(plan.config.optimizer, models_.student_parameters(), arenas.optimizer,
+                 {mesh[Axis::data_sequence].rank(), mesh[Axis::data_sequence].size()}),
+      stages_(make_stages(plan, mesh, models_)),
+      works_(make_works()),
+      totals_(arenas.batch.allocate(DType::f64, {LossSums::count + 1}, "loss sums")),
+      sums_{totals_.rows(0, LossSums::count)},
+      evaluation_(plan_.evaluation_length(), arenas.batch, SequenceLayout(plan.layout(), mesh.shape().sequence),
+                  mesh.coordinate().sequence) {}
 
-void Trainer::begin_stage(std::size_t stage) {
-  stage_ = stage;
-  const auto frozen = compile(plan_.config.stages[stage].frozen);
+std::vector<Trainer::StageWork> Trainer::make_works() {
+  std::vector<StageWork> works;
+  const SequenceLayout layout(plan_.layout(), mesh_.shape().sequence);
+  Arena& batch = arenas_.batch;
+  const std::size_t begin = batch.used();
+  std::size_t most = begin;
+  for (std::size_t i = 0; i < plan_.config.stages.size(); ++i) {
+    const StageConfig& s = plan_.config.stages[i];
+    const auto batch_scope = batch.scope(), activation_scope = arenas_.activations.scope(),
+               communication_scope = arenas_.communication.scope();
+    mark_trainable(i);  // what a microbatch keeps for weights' gradients depends on it
+    pipeline::Schedule schedule = plan_.schedule(i);
+    std::vector<HostBatch> batches;
+    const bool ahead = schedule.teacher == pipeline::Teacher::ahead;
+    for (int n = 0; n < (ahead ? 2 : 1); ++n) {
+      batches.emplace_back(batch, s.batch_sequences / mesh_.shape().data, s.sequence_length, layout,
+                           mesh_.coordinate().sequence);
+    }
+    const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
+    pipeline::Executor executor(stages_, std::move(schedule), job, batches.front(), context_.sequence,
+                                arenas_.activations, arenas_.communication);
+    most = std::max(most, batch.used());
+    works.push_back({std::move(batches), std::move(executor), {-1, -1}});
+  }
+  if (most > begin) batch.allocate(DType::u8, {static_cast<std::int64_t>(most - begin)}, "batches");
+  return works;
+}
+
+bool Trainer::owns(const ParameterSpec& parameter) const {
+  const bool tied = plan_.student.tied_embeddings && parameter.name == embedding_name;
+  return !tied || mesh_.coordinate().pipeline == 0;
+}
+
+void Trainer::mark_trainable(std::size_t stage) {
+  const auto frozen = compile_patterns(plan_.config.stages[stage].frozen);
   for (Parameter& p : models_.student_parameters().all()) {
     p.trainable = p.gradient_memory && reaches(plan_.objectives[stage], p.spec, plan_.student) &&
                   !matches_any(frozen, p.spec.name);
   }
+}
+
+void Trainer::begin_stage(std::size_t stage) {
+  stage_ = stage;
+  mark_trainable(stage);
   optimizer_.reset(context_.stream);
+}
+
+/// The batch of a step, read from the data set unless it is in memory already.
+HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) {
+  StageWork& work = works_[stage_];
+  const auto i = static_cast<std::size_t>(stage_step) % work.batches.size();
+  HostBatch& batch = work.batches[i];
+  if (work.loaded[i] == stage_step || context_.stream.is_dry()) return batch;
+  const std::int64_t first = stage_step * plan_.config.stages[stage_].batch_sequences +
+                             mesh_.coordinate().data * batch.sequences();
+  for (std::int64_t k = 0; k < batch.sequences(); ++k) {
+    loader->fill(static_cast<std::uint64_t>(first + k), batch.spans(k));
+  }
+  batch.cut();
+  work.loaded[i] = stage_step;
+  return batch;
+}
+
+/// Every rank's part of the gradients -> the whole batch's, each rank its shard.
+void Trainer::sum_gradients() {
+  const Stream& stream = context_.stream;
+  ParameterTable& parameters = models_.student_parameters();
+  Communicator& pipeline = mesh_[Axis::pipeline];
+  const int last = pipeline.size() - 1;
+  if (plan_.student.tied_embeddings && last > 0 && (pipeline.rank() == 0 || pipeline.rank() == last)) {
+    // Embedding and head each add their part; both ranks then hold the same sum and make the same update.
+    if (const Tensor own = parameters.at(embedding_name).gradient()) {
+      const auto scope = context_.workspace.scope();
+      const Tensor theirs = context_.workspace.allocate(own.dtype, own.shape, "tied embedding's other gradient");
+      const int peer = last - pipeline.rank();
+      const std::array<Transfer, 1> send{{{peer, own, 0}}}, receive{{{peer, theirs, 0}}};
+      pipeline.exchange(stream, send, receive, Purpose::gradients);
+      kernels::add_in_place(stream, theirs, own);
+    }
+  }
+  const Tensor& whole = parameters.flat_gradients();
+  if (!whole) return;
+  Communicator& peers = mesh_[Axis::data_sequence];
+  const std::int64_t part = whole.numel() / peers.size();
+  peers.reduce_scatter_sum(stream, whole, whole.rows(peers.rank() * part, (peers.rank() + 1) * part),
+                           Purpose::gradients, context_.workspace);
+}
+
+void Trainer::gather_weights(bool all_stages) {
+  Communicator& peers = mesh_[Axis::data_sequence];
+  ParameterTable& parameters = models_.student_parameters();
+  const Tensor& whole = parameters.flat_gradients();  // what it held has been used
+  if (peers.size() == 1 || !whole) return;
+  const Stream& stream = context_.stream;
+  const auto taken = [&](const Parameter& p) { return p.gradient_memory && (all_stages || p.trainable); };
+  for (const Optimizer::State& s : optimizer_.state()) {
+    if (taken(*s.parameter)) kernels::copy_cast(stream, s.value(), s.gradient());
+  }
+  const std::int64_t part = whole.numel() / peers.size();
+  peers.all_gather(stream, whole.rows(peers.rank() * part, (peers.rank() + 1) * part), whole, Purpose::weights);
+  for (Parameter& p : parameters.all()) {
+    if (taken(p)) kernels::copy_cast(stream, p.gradient_memory, p.value);
+  }
 }
 
 StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) {
   const StageConfig& stage = plan_.config.stages[stage_];
   const Objective& objective = plan_.objectives[stage_];
-  const HostBatch& batch = batches_[stage_];
+  StageWork& work = works_[stage_];
   const bool dry = context_.stream.is_dry();
-  std::int64_t tokens = 1;
-  if (!dry) {
-    const std::int64_t first = stage_step * stage.batch_sequences;
-    for (std::int64_t i = 0; i < stage.batch_sequences; ++i) {
-      loader->fill(static_cast<std::uint64_t>(first + i), batch.spans(i));
-    }
-    tokens = std::max<std::int64_t>(batch.count_unmasked(), 1);
-  }
-  const double token_weight = 1.0 / static_cast<double>(tokens);
+  const std::int64_t steps = stage_steps(stage);
+  const HostBatch& batch = load(loader, stage_step);
+  const bool goes_on = work.executor.looks_ahead() && stage_step + 1 < steps;
+  const HostBatch* next = goes_on ? &load(loader, stage_step + 1) : nullptr;
+  double tokens = dry ? 1.0 : static_cast<double>(batch.count_unmasked());
+  mesh_[Axis::data].all_reduce_sum(context_.stream, Tensor(&tokens, DType::f64, {1}), Purpose::control,
+                                   context_.workspace);
+  tokens = std::max(tokens, 1.0);
 
   models_.student_parameters().zero_gradients(context_.stream);
-  kernels::fill_zero(context_.stream, sums_.values);
-  for (std::int64_t begin = 0; begin < stage.batch_sequences; begin += stage.microbatch_sequences) {
-    distiller_.train(context_, batch.microbatch(begin, begin + stage.microbatch_sequences), objective, token_weight,
-                     sums_, microbatch_, arenas_.activations);
-    if (dry) break;  // all microbatches need the same memory
-  }
+  kernels::fill_zero(context_.stream, totals_);
+  work.executor.run(context_, {&batch, next, 1.0 / tokens, sums_});
+  sum_gradients();
+  const std::string_view counted_elsewhere =
+      mesh_.coordinate().pipeline > 0 && plan_.student.tied_embeddings ? embedding_name : std::string_view();
+  optimizer_.add_squared_norm(context_, totals_.rows(LossSums::count, LossSums::count + 1), counted_elsewhere);
+  mesh_[Axis::world].all_reduce_sum(context_.stream, totals_, Purpose::control, context_.workspace);
 
   StepReport report;
-  report.learning_rate = learning_rate(kind_of(stage.schedule), stage_step, stage_steps(stage), stage.warmup,
-                                       stage.learning_rate, stage.final_learning_rate);
+  report.learning_rate = learning_rate(kind_of(stage.schedule), stage_step, steps, stage.warmup, stage.learning_rate,
+                                       stage.final_learning_rate);
   if (!dry) {
-    report.losses =
-        report_losses(objective, sums_.values.as<double>(), plan_.student.layers(), static_cast<double>(tokens));
-    if (!std::isfinite(report.losses.total)) {
-      report.gradient_norm = std::nan("");
-      return report;
-    }
+    const double* totals = totals_.as<double>();
+    report.losses = report_losses(objective, totals, plan_.student.layers(), tokens);
+    report.gradient_norm = std::sqrt(totals[LossSums::count]);
+    if (!std::isfinite(report.losses.total)) return report;
   }
-  const Optimizer::Result result = optimizer_.step(context_, report.learning_rate);
-  report.gradient_norm = result.gradient_norm;
-  report.applied = result.applied;
+  report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
+  if (report.applied) gather_weights(false);
   return report;
 }
 
+void Trainer::stop() { works_[stage_].executor.stop(context_); }
+
 DivergenceResult Trainer::evaluate(const WindowReader* reader) {
-  return evaluation_.run(context_, distiller_, models_.teacher() != nullptr, reader, plan_.config.eval.tokens,
-                         arenas_.activations);
+  // What the teacher did ahead stays where it is.
+  const auto scope = arenas_.activations.scope();
+  const std::size_t kept = works_[stage_].executor.teacher_bytes();
+  if (kept > 0) arenas_.activations.allocate(DType::u8, {static_cast<std::int64_t>(kept)}, "teacher states, kept");
+  return evaluation_.run(context_, stages_, mesh_, reader, plan_.config.eval.tokens, arenas_.activations);
 }
 
-ArenaSet Trainer::measure(const TrainingPlan& plan, Device device) {
+ArenaSet Trainer::measure(const TrainingPlan& plan, Mesh& mesh, Device device) {
   ArenaSet arenas = ArenaSet::measuring(device);
-  Trainer trainer(plan, arenas, Stream::dry(device));
+  Trainer trainer(plan, mesh, arenas, Stream::dry(device));
   for (std::size_t i = 0; i < plan.config.stages.size(); ++i) {
     trainer.begin_stage(i);
     trainer.step(nullptr, 0);
+    if (!plan.config.data.validation.empty()) trainer.evaluate(nullptr);
   }
-  if (!plan.config.data.validation.empty()) trainer.evaluate(nullptr);
   return arenas;
 }
 

@@ -121,8 +121,8 @@ TEST(Config, RefusesUnknownKeysAndHintsAtTheNearest) {
        "2: key 'run.sede': found an unknown key, accepted: name, dir, seed, device, dtype, threads, "
        "deterministic, log_level; did you mean 'seed'?"},
       {"[run]\n\n[studnet]\nx = 1\n",
-       "3: key 'studnet': found an unknown key, accepted: run, teacher, student, data, "
-       "memory, optimizer, stage, checkpoint, eval, log; did you mean 'student'?"},
+       "3: key 'studnet': found an unknown key, accepted: run, mesh, pipeline, teacher, student, data, "
+       "memory, optimizer, stage, checkpoint, eval, log, trace; did you mean 'student'?"},
       {"[run]\nzzzzzzzz = 1\nyyyyyyyy = 2\n",
        "2: key 'run.zzzzzzzz': found an unknown key, accepted: name, dir, seed, "
        "device, dtype, threads, deterministic, log_level"},
@@ -131,9 +131,23 @@ TEST(Config, RefusesUnknownKeysAndHintsAtTheNearest) {
        "6: key 'stage.0.sequence_lenght': found an unknown key"},
       {smallest + stage + "[stage.loss]\nk1 = 1\n", "10: key 'stage.0.loss.k1': found an unknown key"},
       {"student.kda.head = 1\n", "1: key 'student.kda.head': found an unknown key"},
-      {"[mesh]\n", "1: key 'mesh': found an unknown key"},
+      {"[cluster]\n", "1: key 'cluster': found an unknown key"},
   });
   EXPECT_EQ(error_of("[run]\nzzzzzzzz = 1\n").find("did you mean"), std::string::npos);
+}
+
+TEST(Config, RefusesMeshesAndPipelinesThatContradictThemselves) {
+  expect_errors({
+      {"[mesh]\npipeline = 0\n",
+       "2: key 'mesh.pipeline': found data = 0, pipeline = 0, sequence = 1, accepted: at most one 0"},
+      {"[mesh]\ndata = 1\nsequence = 0\npipeline = 0\n", "4: key 'mesh.pipeline': found data = 1, pipeline = 0"},
+      {"[mesh]\nlayout = 'ring'\n", "2: key 'mesh.layout': found string \"ring\", accepted: \"contiguous\", "},
+      {"[mesh]\ntimeout_s = 0.0\n", "2: key 'mesh.timeout_s': found float 0.0"},
+      {"[pipeline]\nchunks = 2\n", "2: key 'pipeline.chunks': found chunks = 2 with schedule = \"1f1b\""},
+      {"[pipeline]\nlayers = [2, 0]\n", "2: key 'pipeline.layers.1': found integer 0"},
+      {"[trace]\nsteps = [3]\n", "2: key 'trace.steps': found [3], accepted: [first, last]"},
+      {"[trace]\nsteps = [3, 2]\n", "2: key 'trace.steps': found [3, 2]"},
+  });
 }
 
 TEST(Config, RefusesWrongTypes) {
@@ -443,7 +457,7 @@ TEST(Config, PrintsEveryKeyUnderItsDescription) {
   }
   // run 8, teacher 1, student 3 + 6 + 1 + 17, data 3, memory 3, optimizer 7, checkpoint 2, eval 3 + 6, log 1;
   // 3 for each of two groups, 13 + 9 for each of two stages
-  EXPECT_EQ(keys, 61u + 2 * 3 + 2 * 22);
+  EXPECT_EQ(keys, 72u + 2 * 3 + 2 * 22);
 }
 
 }  // namespace

@@ -93,6 +93,17 @@ class RandomConfig {
     c.eval.needle.value_tokens = size(1);
     c.eval.needle.samples = size(1);
     c.log.every_steps = count();
+    c.mesh.data = integer(0, 64);
+    c.mesh.pipeline = integer(1, 64);
+    c.mesh.sequence = integer(1, 64);
+    pick(c.mesh.layout);
+    c.mesh.timeout_s = positive();
+    pick(c.pipeline.schedule);
+    if (c.pipeline.schedule == PipelineSchedule::interleaved) c.pipeline.chunks = integer(1, 8);
+    pick(c.pipeline.teacher);
+    c.pipeline.kept_teacher = size(0);
+    c.pipeline.layers = list<std::int64_t>(0, 4, [&] { return size(1); });
+    if (coin()) c.trace.steps = {integer(1, 100), integer(100, 200)};
     return c;
   }
 

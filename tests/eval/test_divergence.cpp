@@ -40,7 +40,9 @@ class Divergence : public ::testing::Test {
         [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
           const Distiller distiller(models.student(), models.teacher(), loss_block, false);
           DivergenceEvaluation evaluation(length, arenas.batch);
-          result = evaluation.run(c, distiller, teacher != nullptr, &*reader_, tokens, arenas.activations);
+          Mesh alone;
+          const pipeline::Stages stages(alone[Axis::pipeline], {distiller});
+          result = evaluation.run(c, stages, alone, &*reader_, tokens, arenas.activations);
         });
     return result;
   }

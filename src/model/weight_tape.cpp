@@ -1,0 +1,29 @@
+#include "model/weight_tape.h"
+
+#include "kernels/elementwise.h"
+#include "model/linear.h"
+
+namespace deltapipe {
+
+void WeightTape::begin(Arena& keep, bool copy_inputs) {
+  keep_ = &keep;
+  copy_inputs_ = copy_inputs;
+  entries_.clear();
+}
+
+void WeightTape::add(const Context& c, const Linear& layer, const Tensor& dy, const Tensor& x) {
+  require(keep_ != nullptr, "WeightTape::add: begin was not called");
+  const auto copy = [&](const Tensor& t, const char* label) {
+    const Tensor kept = keep_->allocate(t.dtype, t.shape, label);
+    kernels::copy_cast(c.stream, t, kept);
+    return kept;
+  };
+  entries_.push_back({&layer, copy(dy, "output gradient, kept"), copy_inputs_ ? copy(x, "input, kept") : x});
+}
+
+void WeightTape::run(const Context& c) {
+  for (const Entry& e : entries_) e.layer->backward_weight(c, e.dy, e.x);
+  entries_.clear();
+}
+
+}  // namespace deltapipe
