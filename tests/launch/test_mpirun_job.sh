@@ -42,12 +42,13 @@ expect_finished() {
   expect_same_weights "$shop/whole" "$shop/$1"
 }
 
+echo "$SECONDS s: a job that nothing disturbs"
 start whole
 finish whole 0
 ! grep -q '^launch: .*restart' "$shop/whole/log" || problem "an undisturbed run was restarted" "$shop/whole/log"
 [ "$(status_of "$shop/whole")" = finished ] || problem "the run is not finished" "$shop/whole/log"
 
-# A rank is killed before the first checkpoint, and another one later.
+echo "$SECONDS s: a rank is killed before the first checkpoint, and another one later"
 start killed
 progress killed 3
 kill -KILL "$(ranks_of "$mpirun" | tail -n 1)"
@@ -59,7 +60,7 @@ finish killed 0
 expect_line "$shop/killed/log" '^launch: a rank or a host was lost \(exit status 137\); restart 2 of 3'
 expect_finished killed
 
-# mpirun itself is killed: its ranks are gone before the next start.
+echo "$SECONDS s: mpirun itself is killed: its ranks are gone before the next start"
 start orphaned
 progress orphaned 15
 kill -KILL "$mpirun"
@@ -69,7 +70,7 @@ wait_for 60 has_line "$shop/orphaned/log" 'restart 1 of 3' || problem "no restar
 finish orphaned 0
 expect_finished orphaned
 
-# Told to stop: a checkpoint, exit status 0, no restart. The same command goes on.
+echo "$SECONDS s: told to stop: a checkpoint, exit status 0, no restart; the same command goes on"
 start stopped
 progress stopped 15
 kill -TERM "$pid"
@@ -80,7 +81,7 @@ start stopped
 finish stopped 0
 expect_finished stopped
 
-# The launcher is killed: the job stops by itself, with a checkpoint.
+echo "$SECONDS s: the launcher is killed: the job stops by itself, with a checkpoint"
 start abandoned
 progress abandoned 15
 kill -KILL "$pid"
@@ -91,13 +92,17 @@ start abandoned
 finish abandoned 0
 expect_finished abandoned
 
-# Two hosts, reached by a stand-in for ssh; one is lost.
+echo "$SECONDS s: a host is lost"
+# Two hosts, reached by a stand-in for ssh. Both are this machine: without folders of their own and with
+# shared memory their daemons and ranks would overwrite each other's files.
 cat >"$shop/reach" <<'SCRIPT'
 #!/usr/bin/env bash
+export TMPDIR=$0.$1
+mkdir -p "$TMPDIR"
 exec bash -c "${*:2}"
 SCRIPT
 chmod +x "$shop/reach"
-export OMPI_MCA_plm_rsh_agent=$shop/reach
+export OMPI_MCA_plm_rsh_agent=$shop/reach OMPI_MCA_btl=self,tcp
 printf 'one slots=%d\ntwo slots=%d\n' $(((ranks + 1) / 2)) $((ranks / 2)) >"$shop/hosts"
 start lost --hostfile "$shop/hosts"
 progress lost 15
@@ -106,9 +111,9 @@ kill -KILL "$daemon"
 finish lost 0
 expect_line "$shop/lost/log" '^launch: a rank or a host was lost .*; restart 1 of 3'
 expect_finished lost
-unset OMPI_MCA_plm_rsh_agent
+unset OMPI_MCA_plm_rsh_agent OMPI_MCA_btl
 
-# Errors that would come again, and too many of the others.
+echo "$SECONDS s: an error that would come again, and one too many of the others"
 mkdir "$shop/wrong"
 code=0
 (cd "$shop/wrong" && "$launch/mpirun.sh" -n "$ranks" "$shop/job.toml" --set run.nonsense=1) >"$shop/wrong/log" 2>&1 || code=$?
@@ -120,4 +125,3 @@ progress exhausted 3
 kill -KILL "$(ranks_of "$mpirun" | head -n 1)"
 finish exhausted 137
 expect_line "$shop/exhausted/log" '^launch: .*; given up after 0 restarts$'
-echo "every disturbed run ended with the weights of the undisturbed one"
