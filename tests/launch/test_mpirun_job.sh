@@ -27,7 +27,7 @@ start() {
 finish() { # FOLDER EXIT_STATUS: waits for the job of `start`
   wait_for 120 has_ended "$pid" || problem "the job did not end" "$shop/$1/log"
   code=0
-  wait "$pid" || code=$?
+  wait "$pid" 2>/dev/null || code=$? # without the shell's own line about a killed process
   [ "$code" = "$2" ] || problem "exit status $code, expected $2" "$shop/$1/log"
 }
 progress() { # FOLDER STEPS: waits until the job has made them, then sets mpirun to its process
