@@ -6,8 +6,9 @@
 
 namespace deltapipe {
 
-/// Threads that parallel_for uses; 0 takes every core this process may run on. Call once, before other threads exist.
-void set_num_threads(int threads);
+/// Threads that parallel_for uses; 0 takes every core this process may run on, or its even part of them where the
+/// `processes` on this host may all run on the same ones. Call once, before other threads exist.
+void set_num_threads(int threads, int processes = 1);
 int num_threads();
 
 /// f(i) for i in [0, n), in any order and on any thread. The first exception is rethrown after the loop.

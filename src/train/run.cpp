@@ -482,7 +482,7 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
   runtime.together([&] { check_backend(config); });
-  set_num_threads(static_cast<int>(config.run.threads));
+  set_num_threads(static_cast<int>(config.run.threads), runtime.local_size());
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();
 }
