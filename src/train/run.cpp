@@ -7,12 +7,14 @@
 #include "core/log.h"
 #include "core/parallel.h"
 #include "core/random.h"
+#include "core/trace.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
 #include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
+#include "train/trace_window.h"
 
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -124,6 +126,7 @@ void compare_configs(const Config& now, const TrainingState& state, const std::s
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
+  then.trace = now.trace;
   if (!(then == now)) {
     log::warn("the configuration is not the one that {} was written with; the run goes on with the new one", where);
   }
@@ -250,6 +253,7 @@ class TrainingRun {
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
     traffic_.emplace(*mesh_);
+    TraceWindow trace(config_.trace, runtime_, *mesh_, folder_ / "trace.json");
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
@@ -267,6 +271,7 @@ class TrainingRun {
       const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
       const std::int64_t steps = stage_steps(stage);
       while (at.stage_step < steps && !asked_to_stop(writer)) {
+        trace.before_step(at.step + 1);
         step(trainer, at, stage, metrics, console);
         const bool stage_ends = at.stage_step == steps;
         if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
@@ -280,6 +285,7 @@ class TrainingRun {
     trainer.stop();
     if (saved_step != at.step) save();
     writer.finish();
+    trace.finish();
     if (signal_ != 0 && is_first()) {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
@@ -376,7 +382,9 @@ class TrainingRun {
     const auto index = static_cast<std::size_t>(at.stage);
     runtime_.set_where(fmt::format("step {}", at.step + 1));
     StepMetrics m;
+    trace::Span span("step", "step");
     m.report = trainer.step(&loaders_[index], at.stage_step);
+    span.end();
     const std::int64_t tokens = stage.batch_sequences * stage.sequence_length;
     ++at.step;
     ++at.stage_step;
@@ -410,6 +418,7 @@ class TrainingRun {
   void evaluate(Trainer& trainer, std::optional<MetricsFile>& metrics, const Progress& at) {
     if (!validation_) return;
     runtime_.set_where(fmt::format("the evaluation after step {}", at.step));
+    const trace::Span span("evaluation", "evaluation");
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
     if (metrics) metrics->write_evaluation(at.step, stage, result);
