@@ -11,6 +11,7 @@ namespace deltapipe {
 void add_config_command(CLI::App& app);
 void add_data_command(CLI::App& app);
 void add_init_command(CLI::App& app);
+void add_plan_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_export_command(CLI::App& app);

@@ -151,6 +151,24 @@ std::uint64_t peak_rss_bytes() {
   return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
 }
 
+/// What every rank's arenas were planned to hold, and what they held at most.
+std::vector<RankMemoryUse> gather_memory(Communicator& world, const ArenaSet& planned, const ArenaSet& real) {
+  const auto names = planned.all();
+  const auto arenas = real.all();
+  std::vector<std::uint64_t> own, all(2 * names.size() * static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    own.push_back(names[i]->peak());
+    own.push_back(arenas[i]->peak());
+  }
+  const auto tensor = [](std::vector<std::uint64_t>& v) { return Tensor(v.data(), DType::u64, {std::ssize(v)}); };
+  world.all_gather(Stream::cpu(), tensor(own), tensor(all), Purpose::control);
+  std::vector<RankMemoryUse> list(static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < all.size(); i += 2) {
+    list[i / (2 * names.size())].push_back({names[i / 2 % names.size()]->name(), all[i], all[i + 1]});
+  }
+  return list;
+}
+
 /// Sent by all ranks since the last call, for the metrics.
 class TrafficMeter {
  public:
@@ -202,8 +220,8 @@ class TrainingRun {
                   .resolve(runtime_.size());
       train_data_.emplace(config.data.train);
       sources_ = open_models(config, static_cast<std::int64_t>(train_data_->vocabulary()));
-      plan_ = make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr,
-                                 shape);
+      plan_ =
+          make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr, shape);
       check_vocabulary(*train_data_, config.data.train);
       if (!config.data.validation.empty()) {
         validation_data_.emplace(config.data.validation);
@@ -225,8 +243,9 @@ class TrainingRun {
   RunResult run() {
     std::optional<ArenaSet> arenas;
     std::optional<Trainer> maybe_trainer;
+    ArenaSet measured = ArenaSet::measuring(Device());
     runtime_.together([&] {
-      const ArenaSet measured = Trainer::measure(plan_, *mesh_, Device());
+      measured = Trainer::measure(plan_, *mesh_, Device());
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
@@ -290,7 +309,8 @@ class TrainingRun {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
     }
-    const RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes()};
+    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), {}};
+    result.memory = gather_memory(runtime_.world(), measured, *arenas);
     if (metrics) metrics->write_end(result);
     return result;
   }
@@ -316,7 +336,8 @@ class TrainingRun {
   void tell_memory(const ArenaSet& measured) const {
     const MeshShape& m = plan_.mesh;
     std::string layers;
-    for (const LayerRange& r : plan_.partition) layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
+    for (const LayerRange& r : plan_.partition)
+      layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
     if (m.size() > 1) {
       log::info("{} ranks: data {} x pipeline {} x sequence {} ({}); layers of the stages: {}", m.size(), m.data,
                 m.pipeline, m.sequence, name_of(plan_.layout()), layers);
@@ -442,7 +463,8 @@ class TrainingRun {
   Progress first_;  // where this process begins
 };
 
-/// What this binary cannot do.
+}  // namespace
+
 void check_backend(const Config& config) {
   if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
@@ -452,10 +474,7 @@ void check_backend(const Config& config) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
-  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
 }
-
-}  // namespace
 
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {
   ModelSources s;
@@ -490,7 +509,10 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 }
 
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
-  runtime.together([&] { check_backend(config); });
+  runtime.together([&] {
+    check_backend(config);
+    if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+  });
   set_num_threads(static_cast<int>(config.run.threads));
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();

@@ -26,9 +26,9 @@ LrKind kind_of(LearningRateSchedule s) {
 ModelSet make_models(const TrainingPlan& plan, const Mesh& mesh, ArenaSet& arenas, const Stream& stream) {
   ModelSet models(plan.student, plan.teacher_spec(), compute_dtype(plan.config.run), arenas, stream,
                   plan.ranges_of(mesh.coordinate().pipeline));
-  models.student_parameters().allocate_gradients(arenas.gradients,
-                                                 [&](const ParameterSpec& p) { return plan.trains(p); },
-                                                 mesh.shape().data * mesh.shape().sequence);
+  models.student_parameters().allocate_gradients(
+      arenas.gradients, [&](const ParameterSpec& p) { return plan.trains(p); },
+      mesh.shape().data * mesh.shape().sequence);
   return models;
 }
 
@@ -134,8 +134,8 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
   const auto i = static_cast<std::size_t>(stage_step) % work.batches.size();
   HostBatch& batch = work.batches[i];
   if (work.loaded[i] == stage_step || context_.stream.is_dry()) return batch;
-  const std::int64_t first = stage_step * plan_.config.stages[stage_].batch_sequences +
-                             mesh_.coordinate().data * batch.sequences();
+  const std::int64_t first =
+      stage_step * plan_.config.stages[stage_].batch_sequences + mesh_.coordinate().data * batch.sequences();
   for (std::int64_t k = 0; k < batch.sequences(); ++k) {
     loader->fill(static_cast<std::uint64_t>(first + k), batch.spans(k));
   }
