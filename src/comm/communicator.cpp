@@ -21,8 +21,8 @@ struct Releaser {
 /// A call as a span of the trace. Calls within a call are part of it.
 class TracedCall {
  public:
-  TracedCall(const Communicator& communicator, Purpose purpose, const char* name) {
-    if (!trace::is_on() || inside_ || communicator.size() == 1) return;
+  TracedCall(const Communicator& communicator, const Stream& stream, Purpose purpose, const char* name) {
+    if (!trace::is_on() || inside_ || communicator.size() == 1 || stream.is_dry()) return;
     inside_ = true;
     communicator_ = &communicator;
     before_ = communicator.traffic(purpose);
@@ -114,7 +114,7 @@ bool Pending::test() {
 void Pending::wait(const Stream& stream) {
   if (operation_ == nullptr) return;
   std::optional<TracedCall> call;
-  if (traced_ != nullptr) call.emplace(*traced_, purpose_, wait_name_);
+  if (traced_ != nullptr) call.emplace(*traced_, stream, purpose_, wait_name_);
   const Releaser release{std::exchange(operation_, nullptr)};
   release.operation->wait(stream);
 }
@@ -155,31 +155,31 @@ Pending Communicator::traced(Pending pending, Purpose purpose, const char* wait_
 }
 
 void Communicator::send(const Stream& stream, const Tensor& x, int to, Purpose purpose, int tag) {
-  const TracedCall call(*this, purpose, "send");
+  const TracedCall call(*this, stream, purpose, "send");
   const Transfer transfer{to, x, tag};
   start_checked_exchange(stream, {&transfer, 1}, {}, purpose, "send").wait(stream);
 }
 
 void Communicator::receive(const Stream& stream, const Tensor& x, int from, Purpose purpose, int tag) {
-  const TracedCall call(*this, purpose, "receive");
+  const TracedCall call(*this, stream, purpose, "receive");
   const Transfer transfer{from, x, tag};
   start_checked_exchange(stream, {}, {&transfer, 1}, purpose, "receive").wait(stream);
 }
 
 void Communicator::exchange(const Stream& stream, std::span<const Transfer> sends, std::span<const Transfer> receives,
                             Purpose purpose) {
-  const TracedCall call(*this, purpose, "exchange");
+  const TracedCall call(*this, stream, purpose, "exchange");
   start_checked_exchange(stream, sends, receives, purpose, "exchange").wait(stream);
 }
 
 Pending Communicator::start_exchange(const Stream& stream, std::span<const Transfer> sends,
                                      std::span<const Transfer> receives, Purpose purpose) {
-  const TracedCall call(*this, purpose, "start exchange");
+  const TracedCall call(*this, stream, purpose, "start exchange");
   return traced(start_checked_exchange(stream, sends, receives, purpose, "exchange"), purpose, "wait for exchange");
 }
 
 void Communicator::all_reduce_sum(const Stream& stream, const Tensor& x, Purpose purpose, Arena& workspace) {
-  const TracedCall call(*this, purpose, "all_reduce_sum");
+  const TracedCall call(*this, stream, purpose, "all_reduce_sum");
   const auto scope = workspace.scope();
   start_all_reduce_sum(stream, x, purpose, workspace).wait(stream);
 }
@@ -189,12 +189,12 @@ Pending Communicator::start_all_reduce_sum(const Stream& stream, const Tensor& x
   const std::int64_t elements = all_reduce_scratch(x.numel(), x.dtype);
   const Tensor scratch = elements > 0 ? workspace.allocate(x.dtype, {elements}, "all-reduce scratch") : Tensor();
   if (stream.is_dry() || size_ == 1 || x.numel() == 0) return {};
-  const TracedCall call(*this, purpose, "start all_reduce_sum");
+  const TracedCall call(*this, stream, purpose, "start all_reduce_sum");
   return traced(do_all_reduce(stream, x, scratch, purpose), purpose, "wait for all_reduce_sum");
 }
 
 void Communicator::all_gather(const Stream& stream, const Tensor& part, const Tensor& whole, Purpose purpose) {
-  const TracedCall call(*this, purpose, "all_gather");
+  const TracedCall call(*this, stream, purpose, "all_gather");
   start_all_gather(stream, part, whole, purpose).wait(stream);
 }
 
@@ -205,13 +205,13 @@ Pending Communicator::start_all_gather(const Stream& stream, const Tensor& part,
     copy_all(stream, part, whole);
     return {};
   }
-  const TracedCall call(*this, purpose, "start all_gather");
+  const TracedCall call(*this, stream, purpose, "start all_gather");
   return traced(do_all_gather(stream, part, whole, purpose), purpose, "wait for all_gather");
 }
 
 void Communicator::reduce_scatter_sum(const Stream& stream, const Tensor& whole, const Tensor& part, Purpose purpose,
                                       Arena& workspace) {
-  const TracedCall call(*this, purpose, "reduce_scatter_sum");
+  const TracedCall call(*this, stream, purpose, "reduce_scatter_sum");
   const auto scope = workspace.scope();
   start_reduce_scatter_sum(stream, whole, part, purpose, workspace).wait(stream);
 }
@@ -227,20 +227,20 @@ Pending Communicator::start_reduce_scatter_sum(const Stream& stream, const Tenso
     copy_all(stream, whole, part);
     return {};
   }
-  const TracedCall call(*this, purpose, "start reduce_scatter_sum");
+  const TracedCall call(*this, stream, purpose, "start reduce_scatter_sum");
   return traced(do_reduce_scatter(stream, whole, part, scratch, purpose), purpose, "wait for reduce_scatter_sum");
 }
 
 void Communicator::broadcast(const Stream& stream, const Tensor& x, int root, Purpose purpose) {
   require(root >= 0 && root < size_, "broadcast: root outside the axis");
   if (stream.is_dry() || size_ == 1) return;
-  const TracedCall call(*this, purpose, "broadcast");
+  const TracedCall call(*this, stream, purpose, "broadcast");
   do_broadcast(stream, x, root, purpose);
 }
 
 void Communicator::barrier(const Stream& stream, Purpose purpose) {
   if (stream.is_dry() || size_ == 1) return;
-  const TracedCall call(*this, purpose, "barrier");
+  const TracedCall call(*this, stream, purpose, "barrier");
   do_barrier(stream, purpose);
 }
 
