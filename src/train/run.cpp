@@ -7,12 +7,14 @@
 #include "core/log.h"
 #include "core/parallel.h"
 #include "core/random.h"
+#include "core/trace.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
 #include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
+#include "train/trace_window.h"
 
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -124,6 +126,7 @@ void compare_configs(const Config& now, const TrainingState& state, const std::s
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
+  then.trace = now.trace;
   if (!(then == now)) {
     log::warn("the configuration is not the one that {} was written with; the run goes on with the new one", where);
   }
@@ -146,6 +149,24 @@ std::uint64_t peak_rss_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
+}
+
+/// What every rank's arenas were planned to hold, and what they held at most.
+std::vector<RankMemoryUse> gather_memory(Communicator& world, const ArenaSet& planned, const ArenaSet& real) {
+  const auto names = planned.all();
+  const auto arenas = real.all();
+  std::vector<std::uint64_t> own, all(2 * names.size() * static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    own.push_back(names[i]->peak());
+    own.push_back(arenas[i]->peak());
+  }
+  const auto tensor = [](std::vector<std::uint64_t>& v) { return Tensor(v.data(), DType::u64, {std::ssize(v)}); };
+  world.all_gather(Stream::cpu(), tensor(own), tensor(all), Purpose::control);
+  std::vector<RankMemoryUse> list(static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < all.size(); i += 2) {
+    list[i / (2 * names.size())].push_back({names[i / 2 % names.size()]->name(), all[i], all[i + 1]});
+  }
+  return list;
 }
 
 /// Sent by all ranks since the last call, for the metrics.
@@ -199,8 +220,8 @@ class TrainingRun {
                   .resolve(runtime_.size());
       train_data_.emplace(config.data.train);
       sources_ = open_models(config, static_cast<std::int64_t>(train_data_->vocabulary()));
-      plan_ = make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr,
-                                 shape);
+      plan_ =
+          make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr, shape);
       check_vocabulary(*train_data_, config.data.train);
       if (!config.data.validation.empty()) {
         validation_data_.emplace(config.data.validation);
@@ -222,8 +243,9 @@ class TrainingRun {
   RunResult run() {
     std::optional<ArenaSet> arenas;
     std::optional<Trainer> maybe_trainer;
+    ArenaSet measured = ArenaSet::measuring(Device());
     runtime_.together([&] {
-      const ArenaSet measured = Trainer::measure(plan_, *mesh_, Device());
+      measured = Trainer::measure(plan_, *mesh_, Device());
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
@@ -250,6 +272,7 @@ class TrainingRun {
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
     traffic_.emplace(*mesh_);
+    TraceWindow trace(config_.trace, runtime_, *mesh_, folder_ / "trace.json");
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
@@ -267,6 +290,7 @@ class TrainingRun {
       const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
       const std::int64_t steps = stage_steps(stage);
       while (at.stage_step < steps && !asked_to_stop(writer)) {
+        trace.before_step(at.step + 1);
         step(trainer, at, stage, metrics, console);
         const bool stage_ends = at.stage_step == steps;
         if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
@@ -280,11 +304,13 @@ class TrainingRun {
     trainer.stop();
     if (saved_step != at.step) save();
     writer.finish();
+    trace.finish();
     if (signal_ != 0 && is_first()) {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
     }
-    const RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes()};
+    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), {}};
+    result.memory = gather_memory(runtime_.world(), measured, *arenas);
     if (metrics) metrics->write_end(result);
     return result;
   }
@@ -310,7 +336,8 @@ class TrainingRun {
   void tell_memory(const ArenaSet& measured) const {
     const MeshShape& m = plan_.mesh;
     std::string layers;
-    for (const LayerRange& r : plan_.partition) layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
+    for (const LayerRange& r : plan_.partition)
+      layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
     if (m.size() > 1) {
       log::info("{} ranks: data {} x pipeline {} x sequence {} ({}); layers of the stages: {}", m.size(), m.data,
                 m.pipeline, m.sequence, name_of(plan_.layout()), layers);
@@ -376,7 +403,9 @@ class TrainingRun {
     const auto index = static_cast<std::size_t>(at.stage);
     runtime_.set_where(fmt::format("step {}", at.step + 1));
     StepMetrics m;
+    trace::Span span("step", "step");
     m.report = trainer.step(&loaders_[index], at.stage_step);
+    span.end();
     const std::int64_t tokens = stage.batch_sequences * stage.sequence_length;
     ++at.step;
     ++at.stage_step;
@@ -410,6 +439,7 @@ class TrainingRun {
   void evaluate(Trainer& trainer, std::optional<MetricsFile>& metrics, const Progress& at) {
     if (!validation_) return;
     runtime_.set_where(fmt::format("the evaluation after step {}", at.step));
+    const trace::Span span("evaluation", "evaluation");
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
     if (metrics) metrics->write_evaluation(at.step, stage, result);
@@ -433,7 +463,8 @@ class TrainingRun {
   Progress first_;  // where this process begins
 };
 
-/// What this binary cannot do.
+}  // namespace
+
 void check_backend(const Config& config) {
   if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
@@ -443,10 +474,7 @@ void check_backend(const Config& config) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
-  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
 }
-
-}  // namespace
 
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {
   ModelSources s;
@@ -481,7 +509,10 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 }
 
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
-  runtime.together([&] { check_backend(config); });
+  runtime.together([&] {
+    check_backend(config);
+    if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+  });
   set_num_threads(static_cast<int>(config.run.threads), runtime.local_size());
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();
