@@ -6,9 +6,8 @@
 
 namespace deltapipe {
 
-/// Threads that parallel_for uses; 0 takes every core this process may run on, or its even part of them where the
-/// `processes` on this host may all run on the same ones. Call once, before other threads exist.
-void set_num_threads(int threads, int processes = 1);
+/// Threads that parallel_for uses; 0 takes every core this process may run on. Call once, before other threads exist.
+void set_num_threads(int threads);
 int num_threads();
 
 /// f(i) for i in [0, n), in any order and on any thread. The first exception is rethrown after the loop.
