@@ -4,7 +4,7 @@
 #   launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--] CONFIG [options of deltapipe train]
 #
 #   -n RANKS         processes; default: the slots of the hostfile, one without
-#   --hostfile FILE  Open MPI's format, "HOST slots=N" a line; every host has this folder and the run's under the same path
+#   --hostfile FILE  Open MPI's format, "HOST slots=N" a line; program and run have the same path on every host
 #   --restarts N     how often a failed job is started again; default 3
 #
 # Every start goes on from the newest whole checkpoint (--resume auto). A job is started again when a rank was killed or
@@ -14,8 +14,8 @@
 # SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this script: every rank finishes its step, a checkpoint is written, exit status
 # 0. A second one ends the job at once.
 #
-# Environment: DELTAPIPE, the program (default: build/cuda/bin, build/cpu/bin, then PATH); MPIRUN, the launcher (default:
-# mpirun); OMPI_MCA_hwloc_base_binding_policy, to place ranks on cores otherwise than below.
+# Environment: DELTAPIPE, the program (default: build/cuda/bin, build/cpu/bin, then PATH); MPIRUN, the launcher
+# (default: mpirun); OMPI_MCA_hwloc_base_binding_policy, to place ranks on cores otherwise than below.
 set -euo pipefail
 
 say() { echo "launch: $*" >&2; }
@@ -56,7 +56,7 @@ mpirun=${MPIRUN:-mpirun}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 deltapipe=${DELTAPIPE:-}
 if [ -z "$deltapipe" ]; then
-  for candidate in "$here/build/cuda/bin/deltapipe" "$here/build/cpu/bin/deltapipe" "$(command -v deltapipe || true)"; do
+  for candidate in "$here"/build/{cuda,cpu}/bin/deltapipe "$(command -v deltapipe || true)"; do
     if [ -x "$candidate" ]; then deltapipe=$candidate; break; fi
   done
 fi
