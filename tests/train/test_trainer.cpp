@@ -64,9 +64,9 @@ class TinyTraining {
     testing::write_dataset(folder_ / "tokens.h5", {"tiny", "none", 23, -1, 22},
                            testing::random_documents(5, 300, 40, 23));
     data_.emplace(folder_ / "tokens.h5");
-    measured = Trainer::measure(plan, Device());
+    measured = Trainer::measure(plan, mesh, Device());
     arenas = measured.reserve();
-    trainer = std::make_unique<Trainer>(plan, arenas, Stream::cpu());
+    trainer = std::make_unique<Trainer>(plan, mesh, arenas, Stream::cpu());
     testing::randomize(trainer->models().student_parameters(), 1, "student ");
     if (auto* teacher = trainer->models().teacher_parameters()) testing::randomize(*teacher, 1, "teacher ");
     trainer->optimizer().capture_weights(Stream::cpu());
@@ -99,6 +99,7 @@ class TinyTraining {
   }
 
   TrainingPlan plan;
+  Mesh mesh;
   ArenaSet measured = ArenaSet::measuring(Device());
   ArenaSet arenas = ArenaSet::measuring(Device());
   std::unique_ptr<Trainer> trainer;
