@@ -83,16 +83,19 @@ else
   allowed=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) online=$(getconf _NPROCESSORS_ONLN)
   cores=$(lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)
   [ "$allowed" -ge "$cores" ] || cores=$allowed
+  options+=(--oversubscribe)  # mpirun's own count of what is free is no better than ours
   if [ "$ranks" -gt "$cores" ]; then
     # A rank that waits gives its core away, or the one that it waits for would not get on.
     say "$ranks ranks share $cores cores"
-    options+=(--oversubscribe --bind-to none --mca mpi_yield_when_idle 1)
-  elif [ -n "${OMPI_MCA_hwloc_base_binding_policy:-}" ] || [ "$allowed" -ne "$online" ]; then
-    options+=(--oversubscribe)  # the environment, or who lent us some of the cores, decides
+    options+=(--mca mpi_yield_when_idle 1)
+  fi
+  if [ "$ranks" -gt "$cores" ] || [ "$allowed" -ne "$online" ]; then
+    binding=(--bind-to none)
   else
     # Neighbouring ranks on neighbouring cores, all of them used: a rank's threads stay in one socket if they fit.
-    options+=(--map-by "slot:PE=$((cores / ranks))" --bind-to core)
+    binding=(--map-by "slot:PE=$((cores / ranks))" --bind-to core)
   fi
+  [ -n "${OMPI_MCA_hwloc_base_binding_policy:-}" ] || options+=("${binding[@]}")
 fi
 [ -z "$ranks" ] || options+=(-n "$ranks")
 

@@ -50,7 +50,10 @@ expect_line "$shop/calls" ' -n 1 /bin/true train job.toml --set run.seed=4 --res
 [ ! -s "$shop/out" ] || problem "something was said about a job that ended well" "$shop/out"
 run 0 -n 100000 -- job.toml
 expect 0 1
-expect_line "$shop/calls" '^--oversubscribe --bind-to none --mca mpi_yield_when_idle 1 -n 100000 /bin/true train '
+expect_line "$shop/calls" '^--oversubscribe --mca mpi_yield_when_idle 1 --bind-to none -n 100000 /bin/true train '
+OMPI_MCA_hwloc_base_binding_policy=socket run 0 job.toml
+expect 0 1
+expect_line "$shop/calls" '^--oversubscribe -n 1 '
 printf 'one slots=2\ntwo slots=2\n' >"$shop/hosts"
 NCCL_DEBUG=WARN run 0 --hostfile "$shop/hosts" job.toml
 expect 0 1
