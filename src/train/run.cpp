@@ -7,12 +7,14 @@
 #include "core/log.h"
 #include "core/parallel.h"
 #include "core/random.h"
+#include "core/trace.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
 #include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
+#include "train/trace_window.h"
 
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -21,10 +23,13 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
 namespace deltapipe {
 namespace fs = std::filesystem;
 namespace {
+
+constexpr const char* lock_name = "lock";
 
 /// The loop's own view of where it is.
 struct Progress {
@@ -48,6 +53,7 @@ TrainingState to_state(const Progress& p, const TrainingPlan& plan, std::uint64_
   s.tokens_seen = p.tokens;
   s.skipped_steps = p.skipped;
   s.skipped_in_a_row = p.skipped_in_a_row;
+  s.mesh = {plan.mesh.data, plan.mesh.pipeline, plan.mesh.sequence};
   s.seeds["run"] = static_cast<std::uint64_t>(plan.config.run.seed);
   s.values["optimizer_updates"] = static_cast<double>(updates);
   s.config_toml = to_toml(plan.config);
@@ -121,9 +127,12 @@ void compare_configs(const Config& now, const TrainingState& state, const std::s
   then.run.dir = now.run.dir;
   then.run.threads = now.run.threads;
   then.run.log_level = now.run.log_level;
+  then.mesh = now.mesh;
+  then.pipeline = now.pipeline;
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
+  then.trace = now.trace;
   if (!(then == now)) {
     log::warn("the configuration is not the one that {} was written with; the run goes on with the new one", where);
   }
@@ -146,6 +155,24 @@ std::uint64_t peak_rss_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
+}
+
+/// What every rank's arenas were planned to hold, and what they held at most.
+std::vector<RankMemoryUse> gather_memory(Communicator& world, const ArenaSet& planned, const ArenaSet& real) {
+  const auto names = planned.all();
+  const auto arenas = real.all();
+  std::vector<std::uint64_t> own, all(2 * names.size() * static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    own.push_back(names[i]->peak());
+    own.push_back(arenas[i]->peak());
+  }
+  const auto tensor = [](std::vector<std::uint64_t>& v) { return Tensor(v.data(), DType::u64, {std::ssize(v)}); };
+  world.all_gather(Stream::cpu(), tensor(own), tensor(all), Purpose::control);
+  std::vector<RankMemoryUse> list(static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < all.size(); i += 2) {
+    list[i / (2 * names.size())].push_back({names[i / 2 % names.size()]->name(), all[i], all[i + 1]});
+  }
+  return list;
 }
 
 /// Sent by all ranks since the last call, for the metrics.
@@ -199,8 +226,8 @@ class TrainingRun {
                   .resolve(runtime_.size());
       train_data_.emplace(config.data.train);
       sources_ = open_models(config, static_cast<std::int64_t>(train_data_->vocabulary()));
-      plan_ = make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr,
-                                 shape);
+      plan_ =
+          make_training_plan(config, sources_.student, sources_.teacher ? &sources_.teacher->spec() : nullptr, shape);
       check_vocabulary(*train_data_, config.data.train);
       if (!config.data.validation.empty()) {
         validation_data_.emplace(config.data.validation);
@@ -213,7 +240,7 @@ class TrainingRun {
       if (resume_from_) {
         const std::string where = resume_from_->folder().string();
         first_ = to_progress(resume_from_->state(), plan_, where);
-        compare_configs(config_, resume_from_->state(), where);
+        if (is_first()) compare_configs(config_, resume_from_->state(), where);
       }
     });
     mesh_.emplace(runtime_, shape);
@@ -222,11 +249,13 @@ class TrainingRun {
   RunResult run() {
     std::optional<ArenaSet> arenas;
     std::optional<Trainer> maybe_trainer;
+    ArenaSet measured = ArenaSet::measuring(Device());
     runtime_.together([&] {
-      const ArenaSet measured = Trainer::measure(plan_, *mesh_, Device());
+      measured = Trainer::measure(plan_, *mesh_, Device());
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
+        if (!lock_) lock_folder();
         if (restart_) remove_checkpoints();
         write_file_atomically(folder_ / "config.toml", to_toml(config_));
       }
@@ -250,6 +279,7 @@ class TrainingRun {
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
     traffic_.emplace(*mesh_);
+    TraceWindow trace(config_.trace, runtime_, *mesh_, folder_ / "trace.json");
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
@@ -263,28 +293,36 @@ class TrainingRun {
       writer.write(state, slices);
       saved_step = at.step;
     };
-    for (const auto stages = static_cast<std::int64_t>(config_.stages.size()); at.stage < stages;) {
-      const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
-      const std::int64_t steps = stage_steps(stage);
-      while (at.stage_step < steps && !asked_to_stop(writer)) {
-        step(trainer, at, stage, metrics, console);
-        const bool stage_ends = at.stage_step == steps;
-        if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
-        if (is_due(config_.checkpoint.every_steps, at.step)) save();
+    try {
+      for (const auto stages = static_cast<std::int64_t>(config_.stages.size()); at.stage < stages;) {
+        const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
+        const std::int64_t steps = stage_steps(stage);
+        while (at.stage_step < steps && !asked_to_stop(writer)) {
+          trace.before_step(at.step + 1);
+          step(trainer, at, stage, metrics, console);
+          const bool stage_ends = at.stage_step == steps;
+          if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
+          if (is_due(config_.checkpoint.every_steps, at.step)) save();
+        }
+        if (signal_ != 0 || at.stage + 1 == stages) break;
+        ++at.stage;
+        at.stage_step = 0;
+        trainer.begin_stage(static_cast<std::size_t>(at.stage));
       }
-      if (signal_ != 0 || at.stage + 1 == stages) break;
-      ++at.stage;
-      at.stage_step = 0;
-      trainer.begin_stage(static_cast<std::size_t>(at.stage));
+    } catch (...) {
+      if (runtime_.failed_together()) finish_quietly(writer);
+      throw;
     }
     trainer.stop();
     if (saved_step != at.step) save();
     writer.finish();
+    trace.finish();
     if (signal_ != 0 && is_first()) {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
     }
-    const RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes()};
+    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), {}};
+    result.memory = gather_memory(runtime_.world(), measured, *arenas);
     if (metrics) metrics->write_end(result);
     return result;
   }
@@ -297,7 +335,9 @@ class TrainingRun {
   /// Rank 0 chooses and checks the checkpoint, files and all; the others read what it chose.
   void open_resumed(const RunOptions& options) {
     runtime_.together([&] {
-      if (is_first()) resume_from_ = open_checkpoint(options, checkpoints_);
+      if (!is_first()) return;
+      if (fs::exists(folder_ / lock_name)) lock_folder();
+      resume_from_ = open_checkpoint(options, checkpoints_);
     });
     const std::string chosen =
         broadcast_text(runtime_.world(), resume_from_ ? fs::absolute(resume_from_->folder()).string() : "");
@@ -307,10 +347,24 @@ class TrainingRun {
     });
   }
 
+  /// Two jobs in one folder would spoil each other's files. A job that was killed may take a moment to be gone.
+  void lock_folder() {
+    lock_.emplace(folder_ / lock_name);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(config_.mesh.timeout_s / 2);
+    for (bool told = false; !lock_->try_hold(); told = true) {
+      if (!told) log::warn("{} is in use by another job; waiting for its end", folder_.string());
+      if (std::chrono::steady_clock::now() > end) {
+        fail<UsageError>("{} is in use by another job: end that one, or name another run.dir", folder_.string());
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+  }
+
   void tell_memory(const ArenaSet& measured) const {
     const MeshShape& m = plan_.mesh;
     std::string layers;
-    for (const LayerRange& r : plan_.partition) layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
+    for (const LayerRange& r : plan_.partition)
+      layers += fmt::format("{}{}-{}", layers.empty() ? "" : ", ", r.first, r.last - 1);
     if (m.size() > 1) {
       log::info("{} ranks: data {} x pipeline {} x sequence {} ({}); layers of the stages: {}", m.size(), m.data,
                 m.pipeline, m.sequence, name_of(plan_.layout()), layers);
@@ -337,6 +391,15 @@ class TrainingRun {
     }
     if (all_done && runtime_.size() > 1) writer.finish();
     return signal_ != 0;
+  }
+
+  /// On the way out with an error of all ranks: the checkpoint under way is a good one still. Should it fail as well,
+  /// it is gone, and the first error is the one to tell.
+  static void finish_quietly(MeshCheckpointWriter& writer) {
+    try {
+      writer.finish();
+    } catch (const Error&) {
+    }
   }
 
   void check_vocabulary(const TokenDataset& data, const std::string& path) const {
@@ -376,7 +439,9 @@ class TrainingRun {
     const auto index = static_cast<std::size_t>(at.stage);
     runtime_.set_where(fmt::format("step {}", at.step + 1));
     StepMetrics m;
+    trace::Span span("step", "step");
     m.report = trainer.step(&loaders_[index], at.stage_step);
+    span.end();
     const std::int64_t tokens = stage.batch_sequences * stage.sequence_length;
     ++at.step;
     ++at.stage_step;
@@ -395,7 +460,9 @@ class TrainingRun {
     m.seconds = seconds_since(begin);
     m.tokens_per_second = static_cast<double>(tokens) / m.seconds;
     if (runtime_.size() > 1) m.traffic = traffic_->measure();
-    if (metrics) metrics->write(m);
+    runtime_.together([&] {
+      if (metrics) metrics->write(m);
+    });
     if (is_first() && (at.step % config_.log.every_steps == 0 || !m.report.applied)) {
       log::info("{}", console.line(m, stage_steps(stage), plan_.objectives[index]));
     }
@@ -410,9 +477,12 @@ class TrainingRun {
   void evaluate(Trainer& trainer, std::optional<MetricsFile>& metrics, const Progress& at) {
     if (!validation_) return;
     runtime_.set_where(fmt::format("the evaluation after step {}", at.step));
+    const trace::Span span("evaluation", "evaluation");
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
-    if (metrics) metrics->write_evaluation(at.step, stage, result);
+    runtime_.together([&] {
+      if (metrics) metrics->write_evaluation(at.step, stage, result);
+    });
     log::info("held out, step {}: {}", at.step, result.line());
   }
 
@@ -420,6 +490,7 @@ class TrainingRun {
   MpiRuntime& runtime_;
   fs::path folder_, checkpoints_;
   bool restart_;
+  std::optional<FileLock> lock_;                   // rank 0's
   std::unique_ptr<CheckpointReader> resume_from_;  // until its content is in memory; null: the run begins
   std::optional<TokenDataset> train_data_;
   ModelSources sources_;
@@ -433,7 +504,8 @@ class TrainingRun {
   Progress first_;  // where this process begins
 };
 
-/// What this binary cannot do.
+}  // namespace
+
 void check_backend(const Config& config) {
   if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
@@ -443,10 +515,7 @@ void check_backend(const Config& config) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
-  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
 }
-
-}  // namespace
 
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {
   ModelSources s;
@@ -481,8 +550,11 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 }
 
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
-  runtime.together([&] { check_backend(config); });
-  set_num_threads(static_cast<int>(config.run.threads));
+  runtime.together([&] {
+    check_backend(config);
+    if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+  });
+  set_num_threads(config.run.threads != 0 ? static_cast<int>(config.run.threads) : runtime.own_cores());
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();
 }

@@ -1,6 +1,7 @@
 #include "train/trainer.h"
 
 #include "core/error.h"
+#include "core/trace.h"
 #include "kernels/elementwise.h"
 #include "train/lr_schedule.h"
 #include "train/patterns.h"
@@ -25,9 +26,9 @@ LrKind kind_of(LearningRateSchedule s) {
 ModelSet make_models(const TrainingPlan& plan, const Mesh& mesh, ArenaSet& arenas, const Stream& stream) {
   ModelSet models(plan.student, plan.teacher_spec(), compute_dtype(plan.config.run), arenas, stream,
                   plan.ranges_of(mesh.coordinate().pipeline));
-  models.student_parameters().allocate_gradients(arenas.gradients,
-                                                 [&](const ParameterSpec& p) { return plan.trains(p); },
-                                                 mesh.shape().data * mesh.shape().sequence);
+  models.student_parameters().allocate_gradients(
+      arenas.gradients, [&](const ParameterSpec& p) { return plan.trains(p); },
+      mesh.shape().data * mesh.shape().sequence);
   return models;
 }
 
@@ -38,6 +39,26 @@ pipeline::Stages make_stages(const TrainingPlan& plan, Mesh& mesh, const ModelSe
                         plan.config.memory.recompute);
   }
   return pipeline::Stages(mesh[Axis::pipeline], std::move(chunks));
+}
+
+/// Tasks as spans of a trace. One rank's tasks follow each other.
+void trace_tasks(pipeline::Executor& executor) {
+  executor.observer = [begin_ns = std::int64_t{0}](const pipeline::Task& task, bool begins) mutable {
+    if (!trace::is_on()) return;
+    if (begins) {
+      begin_ns = trace::now_ns();
+      return;
+    }
+    trace::Event event;
+    event.category = "task";
+    event.name = pipeline::name_of(task.kind);
+    event.begin_ns = begin_ns;
+    event.end_ns = trace::now_ns();
+    event.microbatch = task.microbatch;
+    event.chunk = task.chunk;
+    event.step_offset = task.step_offset;
+    trace::record(event);
+  };
 }
 
 }  // namespace
@@ -80,6 +101,7 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
     pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence,
                                 arenas_.activations, arenas_.communication);
+    trace_tasks(executor);
     most = std::max(most, batch.used());
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});
   }
@@ -112,8 +134,8 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
   const auto i = static_cast<std::size_t>(stage_step) % work.batches.size();
   HostBatch& batch = work.batches[i];
   if (work.loaded[i] == stage_step || context_.stream.is_dry()) return batch;
-  const std::int64_t first = stage_step * plan_.config.stages[stage_].batch_sequences +
-                             mesh_.coordinate().data * batch.sequences();
+  const std::int64_t first =
+      stage_step * plan_.config.stages[stage_].batch_sequences + mesh_.coordinate().data * batch.sequences();
   for (std::int64_t k = 0; k < batch.sequences(); ++k) {
     loader->fill(static_cast<std::uint64_t>(first + k), batch.spans(k));
   }
@@ -177,9 +199,11 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
   StageWork& work = works_[stage_];
   const bool dry = context_.stream.is_dry();
   const std::int64_t steps = stage_steps(stage);
+  trace::Span loading("data", "load batch");
   const HostBatch& batch = load(loader, stage_step);
   const bool goes_on = work.executor.looks_ahead() && stage_step + 1 < steps;
   const HostBatch* next = goes_on ? &load(loader, stage_step + 1) : nullptr;
+  loading.end();
   double tokens = dry ? 1.0 : static_cast<double>(batch.count_unmasked());
   mesh_[Axis::data].all_reduce_sum(context_.stream, Tensor(&tokens, DType::f64, {1}), Purpose::control,
                                    context_.workspace);
@@ -188,11 +212,15 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
   models_.student_parameters().zero_gradients(context_.stream);
   kernels::fill_zero(context_.stream, totals_);
   work.executor.run(context_, {&batch, next, 1.0 / tokens, sums_});
+  trace::Span summing("optimizer", "gradient sum");
   sum_gradients();
+  summing.end();
+  trace::Span measuring("optimizer", "gradient norm");
   const std::string_view counted_elsewhere =
       mesh_.coordinate().pipeline > 0 && plan_.student.tied_embeddings ? embedding_name : std::string_view();
   optimizer_.add_squared_norm(context_, totals_.rows(LossSums::count, LossSums::count + 1), counted_elsewhere);
   mesh_[Axis::world].all_reduce_sum(context_.stream, totals_, Purpose::control, context_.workspace);
+  measuring.end();
 
   StepReport report;
   report.learning_rate = learning_rate(kind_of(stage.schedule), stage_step, steps, stage.warmup, stage.learning_rate,
@@ -207,7 +235,10 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
 
 void Trainer::update(StepReport& report) {
   if (!std::isfinite(report.losses.total)) return;
+  trace::Span updating("optimizer", "update");
   report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
+  updating.end();
+  const trace::Span gathering("optimizer", "weight gather");
   if (report.applied) gather_weights(false);
 }
 

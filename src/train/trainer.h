@@ -12,6 +12,7 @@
 #include "eval/divergence.h"
 #include "pipeline/executor.h"
 #include "pipeline/generators.h"
+#include "pipeline/model_costs.h"
 #include "train/optimizer.h"
 
 #include <array>
@@ -43,7 +44,7 @@ struct TrainingPlan {
   /// Microbatches that a rank runs in a step of stage i.
   int microbatches(std::size_t i) const;
   /// What the schedule of stage i was placed with.
-  pipeline::CostModel cost_model(std::size_t i) const;
+  pipeline::CostModel cost_model(std::size_t i, const pipeline::Speed& speed = {}) const;
 };
 
 /// `mesh` is resolved. Throws ConfigError when stages, models, mesh and settings do not fit each other.

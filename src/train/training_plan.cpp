@@ -8,7 +8,7 @@
 namespace deltapipe {
 namespace {
 
-pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i) {
+pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i, const pipeline::Speed& speed = {}) {
   const StageConfig& s = plan.config.stages[i];
   pipeline::WorkOfMicrobatch work;
   work.tokens = s.microbatch_sequences * s.sequence_length / plan.mesh.sequence;
@@ -16,7 +16,7 @@ pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i) {
   work.recompute = plan.config.memory.recompute;
   work.trains_head_losses = plan.objectives[i].has_head_losses();
   return pipeline::estimate_costs(plan.student, plan.objectives[i].needs_teacher() ? plan.teacher_spec() : nullptr,
-                                  work);
+                                  work, speed);
 }
 
 /// Explicit, or by the costs of the last stage of the recipe: most of a run is there.
@@ -107,7 +107,8 @@ void check_layers(const TrainingPlan& plan) {
         const bool has_s = s >= r.first && s < r.last, has_t = t >= r.first && t < r.last;
         if (has_s != has_t) {
           fail<ConfigError>(
-              "stage '{}': hidden_layers compares student layer {} with teacher layer {}, which are on different stages "
+              "stage '{}': hidden_layers compares student layer {} with teacher layer {}, which are on different "
+              "stages "
               "of the pipeline; pipeline.layers can bring them together",
               plan.config.stages[i].name, s, t);
         }
@@ -145,7 +146,8 @@ LayoutKind TrainingPlan::layout() const {
 
 std::vector<LayerRange> TrainingPlan::ranges_of(int pipeline_rank) const {
   std::vector<LayerRange> own;
-  for (int c = 0; c < chunks(); ++c) own.push_back(partition[static_cast<std::size_t>(c * mesh.pipeline + pipeline_rank)]);
+  for (int c = 0; c < chunks(); ++c)
+    own.push_back(partition[static_cast<std::size_t>(c * mesh.pipeline + pipeline_rank)]);
   return own;
 }
 
@@ -154,8 +156,8 @@ int TrainingPlan::microbatches(std::size_t i) const {
   return static_cast<int>(s.batch_sequences / (s.microbatch_sequences * mesh.data));
 }
 
-pipeline::CostModel TrainingPlan::cost_model(std::size_t i) const {
-  const pipeline::ModelCosts costs = costs_of(*this, i);
+pipeline::CostModel TrainingPlan::cost_model(std::size_t i, const pipeline::Speed& speed) const {
+  const pipeline::ModelCosts costs = costs_of(*this, i, speed);
   pipeline::Partition stages;
   for (const LayerRange& r : partition) stages.push_back({r.first, r.last});
   return pipeline::make_cost_model(stages, costs.layers, costs.embedding, costs.head);
