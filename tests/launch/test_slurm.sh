@@ -50,10 +50,10 @@ expect_line whole "^launch: job $job, start 1, $ranks ranks on .*: unfinished 0/
 echo "$SECONDS s: a time limit: the signal before it, a checkpoint, another start in the same log"
 # Slurm looks at time limits twice a minute and signals up to a minute early. So that the tiny job does not end before,
 # its ranks stand still until the signal is on its way.
-submit limited --time=1 --signal=B:USR1@20 --
+submit limited --time=2 --signal=B:USR1@70 --
 expect_steps limited 15
 signal_ranks STOP
-wait_for 70 has_line "$shop/limited/log" '^launch: SIGUSR1, the time limit is near' ||
+wait_for 100 has_line "$shop/limited/log" '^launch: SIGUSR1, the time limit is near' ||
   problem "no signal before the time limit" "$shop/limited/log" "$cluster/slurmctld.log"
 signal_ranks CONT
 expect_state limited COMPLETED 300
