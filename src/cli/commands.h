@@ -12,6 +12,7 @@ void add_config_command(CLI::App& app);
 void add_data_command(CLI::App& app);
 void add_init_command(CLI::App& app);
 void add_plan_command(CLI::App& app);
+void add_status_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_export_command(CLI::App& app);

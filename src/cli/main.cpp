@@ -42,6 +42,7 @@ int main(int argc, char** argv) {
   deltapipe::add_data_command(app);
   deltapipe::add_init_command(app);
   deltapipe::add_plan_command(app);
+  deltapipe::add_status_command(app);
   deltapipe::add_train_command(app);
   deltapipe::add_eval_command(app);
   deltapipe::add_export_command(app);

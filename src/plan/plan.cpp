@@ -57,7 +57,7 @@ double seconds_of_update(const RunPlan& plan) {
 StageTime time_of_stage(const RunPlan& plan, std::size_t i, double update_s) {
   const TrainingPlan& training = plan.training;
   const StageConfig& s = training.config.stages[i];
-  const pipeline::Schedule schedule = training.schedule(i);
+  const pipeline::Schedule& schedule = training.schedules[i];
   pipeline::CostModel cost = training.cost_model(i, plan.device.compute);
   const std::int64_t tokens = s.microbatch_sequences * s.sequence_length / training.mesh.sequence;
   const auto hidden_state = static_cast<double>(tokens * training.student.hidden) *

@@ -91,7 +91,7 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
     const auto batch_scope = batch.scope(), activation_scope = arenas_.activations.scope(),
                communication_scope = arenas_.communication.scope();
     mark_trainable(i);  // what a microbatch keeps for weights' gradients depends on it
-    pipeline::Schedule schedule = plan_.schedule(i);
+    const pipeline::Schedule& schedule = plan_.schedules[i];
     std::vector<HostBatch> batches;
     const bool ahead = schedule.teacher == pipeline::Teacher::ahead;
     for (int n = 0; n < (ahead ? 2 : 1); ++n) {
@@ -99,8 +99,8 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
                            mesh_.coordinate().sequence);
     }
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
-    pipeline::Executor executor(stages_, std::move(schedule), job, batches.front(), context_.sequence,
-                                arenas_.activations, arenas_.communication);
+    pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
+                                arenas_.communication);
     trace_tasks(executor);
     most = std::max(most, batch.used());
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});
@@ -148,16 +148,17 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
 void Trainer::sum_gradients() {
   const Stream& stream = context_.stream;
   ParameterTable& parameters = models_.student_parameters();
-  Communicator& pipeline = mesh_[Axis::pipeline];
-  const int last = pipeline.size() - 1;
-  if (plan_.student.tied_embeddings && last > 0 && (pipeline.rank() == 0 || pipeline.rank() == last)) {
+  Communicator& along = mesh_[Axis::pipeline];
+  const int last = along.size() - 1;
+  if (plan_.student.tied_embeddings && last > 0 && (along.rank() == 0 || along.rank() == last)) {
     // Embedding and head each add their part; both ranks then hold the same sum and make the same update.
     if (const Tensor own = parameters.at(embedding_name).gradient()) {
       const auto scope = context_.workspace.scope();
       const Tensor theirs = context_.workspace.allocate(own.dtype, own.shape, "tied embedding's other gradient");
-      const int peer = last - pipeline.rank();
-      const std::array<Transfer, 1> send{{{peer, own, 0}}}, receive{{{peer, theirs, 0}}};
-      pipeline.exchange(stream, send, receive, Purpose::gradients);
+      const int peer = last - along.rank();
+      constexpr int tag = pipeline::message_kinds;  // hidden states of the next step may be under way between the two
+      const std::array<Transfer, 1> send{{{peer, own, tag}}}, receive{{{peer, theirs, tag}}};
+      along.exchange(stream, send, receive, Purpose::gradients);
       kernels::add_in_place(stream, theirs, own);
     }
   }
@@ -187,6 +188,12 @@ void Trainer::gather_weights(bool all_stages) {
 }
 
 StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) {
+  StepReport report = accumulate(loader, stage_step);
+  update(report);
+  return report;
+}
+
+StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_step) {
   const StageConfig& stage = plan_.config.stages[stage_];
   const Objective& objective = plan_.objectives[stage_];
   StageWork& work = works_[stage_];
@@ -222,14 +229,17 @@ StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) 
     const double* totals = totals_.as<double>();
     report.losses = report_losses(objective, totals, plan_.student.layers(), tokens);
     report.gradient_norm = std::sqrt(totals[LossSums::count]);
-    if (!std::isfinite(report.losses.total)) return report;
   }
+  return report;
+}
+
+void Trainer::update(StepReport& report) {
+  if (!std::isfinite(report.losses.total)) return;
   trace::Span updating("optimizer", "update");
   report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
   updating.end();
   const trace::Span gathering("optimizer", "weight gather");
   if (report.applied) gather_weights(false);
-  return report;
 }
 
 void Trainer::stop() { works_[stage_].executor.stop(context_); }

@@ -72,6 +72,28 @@ void check_mesh(const TrainingPlan& plan) {
   if (!plan.config.data.validation.empty()) check_length(plan.evaluation_length(), "the evaluation's sequence_length");
 }
 
+pipeline::Schedule make_stage_schedule(const TrainingPlan& plan, std::size_t i) {
+  pipeline::ScheduleRequest request;
+  switch (plan.config.pipeline.schedule) {
+    case PipelineSchedule::one_f_one_b: request.kind = pipeline::ScheduleKind::one_f_one_b; break;
+    case PipelineSchedule::interleaved: request.kind = pipeline::ScheduleKind::interleaved; break;
+    case PipelineSchedule::zero_bubble: request.kind = pipeline::ScheduleKind::zero_bubble; break;
+  }
+  if (plan.objectives[i].aligns_mixers()) request.kind = pipeline::ScheduleKind::align;
+  request.ranks = plan.mesh.pipeline;
+  request.chunks = plan.chunks();
+  request.microbatches = plan.microbatches(i);
+  request.kept_limit = static_cast<int>(plan.config.pipeline.kept_teacher);
+  if (!plan.objectives[i].needs_teacher()) {
+    request.teacher = pipeline::Teacher::none;
+  } else if (plan.config.pipeline.teacher == TeacherTiming::ahead && plan.mesh.pipeline > 1) {
+    request.teacher = pipeline::Teacher::ahead;
+  } else {
+    request.teacher = pipeline::Teacher::in_line;
+  }
+  return pipeline::make_schedule(request, plan.cost_model(i));
+}
+
 /// A pipeline stage has the same layers of both models.
 void check_layers(const TrainingPlan& plan) {
   if (plan.mesh.pipeline == 1 || !plan.teacher) return;
@@ -141,32 +163,10 @@ pipeline::CostModel TrainingPlan::cost_model(std::size_t i, const pipeline::Spee
   return pipeline::make_cost_model(stages, costs.layers, costs.embedding, costs.head);
 }
 
-pipeline::Schedule TrainingPlan::schedule(std::size_t i) const {
-  pipeline::ScheduleRequest request;
-  switch (config.pipeline.schedule) {
-    case PipelineSchedule::one_f_one_b: request.kind = pipeline::ScheduleKind::one_f_one_b; break;
-    case PipelineSchedule::interleaved: request.kind = pipeline::ScheduleKind::interleaved; break;
-    case PipelineSchedule::zero_bubble: request.kind = pipeline::ScheduleKind::zero_bubble; break;
-  }
-  if (objectives[i].aligns_mixers()) request.kind = pipeline::ScheduleKind::align;
-  request.ranks = mesh.pipeline;
-  request.chunks = chunks();
-  request.microbatches = microbatches(i);
-  request.kept_limit = static_cast<int>(config.pipeline.kept_teacher);
-  if (!objectives[i].needs_teacher()) {
-    request.teacher = pipeline::Teacher::none;
-  } else if (config.pipeline.teacher == TeacherTiming::ahead && mesh.pipeline > 1) {
-    request.teacher = pipeline::Teacher::ahead;
-  } else {
-    request.teacher = pipeline::Teacher::in_line;
-  }
-  return pipeline::make_schedule(request, cost_model(i));
-}
-
 TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, const ModelSpec* teacher,
                                 const MeshShape& mesh) {
   if (config.stages.empty()) fail<ConfigError>("nothing to train: the configuration has no [[stage]]");
-  TrainingPlan plan{config, student, std::nullopt, {}, mesh, {}};
+  TrainingPlan plan{config, student, std::nullopt, {}, mesh, {}, {}};
   if (teacher != nullptr) plan.teacher = *teacher;
   for (const StageConfig& s : config.stages) plan.objectives.push_back(make_objective(s, student, teacher));
   const auto parameters = parameters_of(student);
@@ -188,6 +188,7 @@ TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, 
   check_mesh(plan);
   plan.partition = make_partition(plan);
   check_layers(plan);
+  for (std::size_t i = 0; i < config.stages.size(); ++i) plan.schedules.push_back(make_stage_schedule(plan, i));
   return plan;
 }
 

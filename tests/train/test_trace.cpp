@@ -80,7 +80,7 @@ void expect_schedule(const std::vector<Span>& spans, const TrainingPlan& plan) {
     }
     std::int64_t step = 0;
     for (std::size_t i = 0; i < plan.config.stages.size(); ++i) {
-      const pipeline::Schedule schedule = plan.schedule(i);
+      const pipeline::Schedule& schedule = plan.schedules[i];
       const auto& tasks = schedule.tasks[static_cast<std::size_t>(plan.mesh.coordinate_of(rank).pipeline)];
       const std::int64_t steps = stage_steps(plan.config.stages[i]);
       for (std::int64_t s = 1; s <= steps; ++s) {
