@@ -61,7 +61,9 @@ std::string describe_partition(const RunPlan& plan) {
 std::string describe_memory(const RunPlan& plan) {
   const MeshShape& mesh = plan.training.mesh;
   std::vector<std::vector<std::string>> rows{{"pipeline rank"}};
-  for (const auto& [name, bytes] : plan.memory.front().arenas) rows.front().push_back(name);
+  for (const auto& [name, bytes] : plan.memory.front().arenas) {
+    rows.front().push_back(name.substr(0, name.find(" weights")));  // the title says what they are of the models
+  }
   rows.front().push_back("total");
   const auto mebibytes = [](std::size_t bytes) {
     return fmt::format("{:.1f}", static_cast<double>(bytes) / (std::size_t{1} << 20));
@@ -76,7 +78,7 @@ std::string describe_memory(const RunPlan& plan) {
     row.push_back(mebibytes(most->total()));
     rows.push_back(row);
   }
-  return fmt::format("memory in MiB{}\n", mesh.data * mesh.sequence > 1
+  return fmt::format("memory in MiB (student, teacher: weights){}\n", mesh.data * mesh.sequence > 1
                                               ? ", of the rank that needs most among those of a pipeline rank"
                                               : "") +
          to_table(rows, 1);
@@ -84,7 +86,7 @@ std::string describe_memory(const RunPlan& plan) {
 
 std::string describe_times(const RunPlan& plan) {
   std::vector<std::vector<std::string>> rows{{"stage", "schedule", "microbatches", "step", "bubble", "in flight",
-                                              "teacher kept", "tokens/s", "tokens/s a rank", "steps", "in all"}};
+                                              "teacher kept", "tokens/s", "a rank", "steps", "in all"}};
   for (const StageTime& t : plan.times) {
     int in_flight = 0, kept = 0;
     for (const pipeline::RankPeak& p : t.simulation.peaks) {

@@ -99,8 +99,8 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
                            mesh_.coordinate().sequence);
     }
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
-    pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence,
-                                arenas_.activations, arenas_.communication);
+    pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
+                                arenas_.communication);
     trace_tasks(executor);
     most = std::max(most, batch.used());
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});

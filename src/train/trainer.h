@@ -29,7 +29,7 @@ struct TrainingPlan {
   std::optional<ModelSpec> teacher;
   std::vector<Objective> objectives;  // one a stage of the recipe
   MeshShape mesh;
-  std::vector<LayerRange> partition;           // layers of every virtual stage of the pipeline
+  std::vector<LayerRange> partition;          // layers of every virtual stage of the pipeline
   std::vector<pipeline::Schedule> schedules;  // one a stage of the recipe
 
   const ModelSpec* teacher_spec() const { return teacher ? &*teacher : nullptr; }
@@ -43,7 +43,7 @@ struct TrainingPlan {
   std::vector<LayerRange> ranges_of(int pipeline_rank) const;
   /// Microbatches that a rank runs in a step of stage i.
   int microbatches(std::size_t i) const;
-  /// What the schedule of stage i was placed with.
+  /// What the schedule of stage i was placed with; another speed gives its time on another device.
   pipeline::CostModel cost_model(std::size_t i, const pipeline::Speed& speed = {}) const;
 };
 
