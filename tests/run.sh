@@ -2,7 +2,7 @@
 # Installs what is missing, builds, runs the tests, says how many ran.
 #
 #   tests/run.sh                 everything but the tests labelled `long`
-#   tests/run.sh -L unit         one label (unit, distributed, fault, interop, long)
+#   tests/run.sh -L unit         one label (unit, distributed, fault, slurm, interop, long)
 #   tests/run.sh --asan          the same under the address and undefined-behaviour sanitizers
 #   tests/run.sh -R PATTERN      tests whose name matches; any other option goes to ctest too
 set -euo pipefail

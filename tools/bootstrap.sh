@@ -4,18 +4,20 @@
 #
 #   tools/bootstrap.sh            build and run
 #   tools/bootstrap.sh --dev      also clang-format and clang-tidy
+#   tools/bootstrap.sh --slurm    also Slurm, for the tests that start one on this machine
 set -euo pipefail
 
 packages=(
   g++ cmake ninja-build pkg-config ccache git ca-certificates python3 python3-venv
   libtomlplusplus-dev libhdf5-dev libopenblas-dev libcli11-dev nlohmann-json3-dev libfmt-dev libspdlog-dev libxxhash-dev
-  libopenmpi-dev openmpi-bin
+  libopenmpi-dev openmpi-bin procps
   libgtest-dev
 )
 for argument in "$@"; do
   case "$argument" in
     --dev) packages+=(clang-format clang-tidy) ;;
-    *) echo "bootstrap: unknown option '$argument'; accepted: --dev" >&2; exit 2 ;;
+    --slurm) packages+=(slurmctld slurmd slurm-client munge) ;;
+    *) echo "bootstrap: unknown option '$argument'; accepted: --dev, --slurm" >&2; exit 2 ;;
   esac
 done
 

@@ -3,11 +3,18 @@
 
     tools/report.py RUN_DIR                  -> RUN_DIR/report.png
     tools/report.py RUN_DIR --out loss.svg   (png, svg or pdf by suffix)
+    tools/report.py RUN_DIR --trace FILE     (default: RUN_DIR/trace.json, when there is one)
 
 Reads RUN_DIR/metrics.jsonl: one JSON object a line. A line with "eval": true is an evaluation, one with
-"end": true closes a process and is passed over, every other line is a training step. Known keys go to their panels, any other numeric key gets a panel of its own. A resumed run may repeat
-steps: lines written later replace what they repeat. top1_agreement is a fraction. Needs matplotlib (3.6 or newer), no
-display. Errors are one line, exit status 1.
+"end": true closes a process and is passed over, every other line is a training step. Known keys go to their panels, any
+other numeric key gets a panel of its own. A resumed run may repeat steps: lines written later replace what they repeat.
+top1_agreement is a fraction.
+
+A trace (what a run with trace.steps writes) is drawn below as the pipeline's timeline, a row a rank. A rank idles where it
+is in no task and no phase of the optimizer, and where it waits for a message between stages or for all ranks; its share
+of the traced steps stands beside its row. Messages within a sequence and of gradients count as work.
+
+Needs matplotlib (3.6 or newer), no display. Errors are one line, exit status 1.
 """
 import argparse
 import json
@@ -34,6 +41,20 @@ LOSS_TERMS = {  # key: label, colour, line style
 PLACE = {"step", "stage", "stage_step", "tokens", "seconds"}  # where a line stands, not what it measured
 OTHER_TRAIN = PLACE | {"loss_tokens", "learning_rate", "gradient_norm", "tokens_per_second", "skipped"}
 KNOWN_EVAL = PLACE | {"eval", "student_perplexity", "teacher_perplexity", "kl", "top1_agreement"}
+
+
+TASKS = {  # kind: label, colour, ink of its number; "optimizer" and "idle" are drawn like kinds
+    "teacher_forward": ("teacher forward", "#f0b04a", "#3a2600"),
+    "teacher_ahead": ("teacher forward, next step", "#fbe3b5", "#6b4700"),
+    "forward": ("forward", "#4a86c8", "#ffffff"),
+    "backward": ("backward", "#3f9a63", "#ffffff"),
+    "backward_input": ("backward, input part", "#3f9a63", "#ffffff"),
+    "backward_weight": ("backward, weight part", "#a9d6b5", "#123d22"),
+    "align": ("mixer alignment", "#8b6bb8", "#ffffff"),
+    "optimizer": ("gradients and optimizer", "#9a9a9a", "#000000"),
+    "idle": ("idle", "#eeeeee", "#000000"),
+}
+DRAWN_STEPS = 3  # of a trace, at most: the last ones
 
 
 class ReportError(Exception):
@@ -138,11 +159,162 @@ def duration(seconds):
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
+def merged(intervals):
+    """The same stretches of time as disjoint ones, in order."""
+    out = []
+    for begin, end in sorted(intervals):
+        if out and begin <= out[-1][1]:
+            out[-1][1] = max(out[-1][1], end)
+        else:
+            out.append([begin, end])
+    return out
+
+
+def without(intervals, holes):
+    """Disjoint stretches less other disjoint stretches."""
+    out, first = [], 0
+    for begin, end in intervals:
+        while first < len(holes) and holes[first][1] <= begin:
+            first += 1
+        at, i = begin, first
+        while i < len(holes) and holes[i][0] < end:
+            if holes[i][0] > at:
+                out.append([at, holes[i][0]])
+            at = max(at, holes[i][1])
+            i += 1
+        if at < end:
+            out.append([at, end])
+    return out
+
+
+def total(intervals):
+    return sum(end - begin for begin, end in intervals)
+
+
+class Rank:
+    """What one rank of a trace did, in microseconds."""
+
+    def __init__(self):
+        self.name = ""
+        self.steps = {}    # step: (begin, end)
+        self.tasks = []    # (begin, end, kind, microbatch, chunk)
+        self.phases = []   # (begin, end) of the optimizer
+        self.waits = []    # (begin, end) for another stage or for all ranks
+
+    def finish(self):
+        self.waits = merged(self.waits)
+        busy = without(merged([t[:2] for t in self.tasks] + self.phases), self.waits)
+        steps = merged(self.steps.values())
+        inside = without(busy, without([[-math.inf, math.inf]], steps))
+        self.idle = 1 - total(inside) / total(steps) if total(steps) > 0 else math.nan
+
+
+def read_trace(path):
+    """-> {rank: Rank} of a trace.json, or a ReportError."""
+    try:
+        trace = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ReportError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ReportError(f"{path} is not JSON") from None
+    ranks = {}
+    try:
+        for event in trace["traceEvents"]:
+            rank = ranks.setdefault(event["pid"], Rank())
+            if event["ph"] == "M":
+                if event["name"] == "process_name":
+                    rank.name = event["args"]["name"]
+                continue
+            begin, arguments, category = float(event["ts"]), event["args"], event["cat"]
+            span = (begin, begin + float(event["dur"]))
+            if category == "step":
+                rank.steps[arguments["step"]] = span
+            elif category == "task":
+                ahead = arguments["kind"] == "teacher_forward" and arguments["step_offset"] > 0
+                kind = "teacher_ahead" if ahead else arguments["kind"]
+                rank.tasks.append((*span, kind, arguments["microbatch"], arguments["chunk"]))
+            elif category == "optimizer":
+                rank.phases.append(span)
+            elif category == "communication" and arguments["axis"] in ("pipeline", "world"):
+                rank.waits.append(span)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ReportError(f"{path} is not a trace of this trainer: its events lack what a timeline needs") from None
+    ranks = {number: ranks[number] for number in sorted(ranks) if ranks[number].steps}
+    if not ranks:
+        raise ReportError(f"{path} holds no steps")
+    for rank in ranks.values():
+        rank.finish()
+    return ranks
+
+
+def draw_timeline(axes, ranks):
+    """One row a rank over the last traced steps."""
+    steps = sorted(set.intersection(*(set(r.steps) for r in ranks.values())))[-DRAWN_STEPS:]
+    if not steps:
+        raise ReportError("the ranks of the trace have no step in common")
+    begin = min(r.steps[steps[0]][0] for r in ranks.values())
+    end = max(r.steps[steps[-1]][1] for r in ranks.values())
+    unit, unit_name = (1e6, "s") if end - begin >= 1e6 else (1e3, "ms")
+
+    def place(span):
+        return ((span[0] - begin) / unit, (span[1] - span[0]) / unit)
+
+    seen = set()
+    for row, rank in enumerate(ranks.values()):
+        bars = {"idle": [place((begin, end))]}
+        numbers = []
+        # What is drawn of a wait within a task is idle time: bars are the task less its waits.
+        for *span, kind, microbatch, chunk in rank.tasks:
+            if span[0] < end and span[1] > begin:
+                work = without([span], [w for w in rank.waits if w[0] < span[1] and w[1] > span[0]])
+                bars.setdefault(kind, []).extend(place(w) for w in work)
+                if work:
+                    numbers.append((max(work, key=lambda w: w[1] - w[0]), kind, microbatch, chunk))
+        phases = [p for p in rank.phases if p[0] < end and p[1] > begin]
+        bars["optimizer"] = [place(p) for p in without(merged(phases), rank.waits)]
+        for kind, spans in bars.items():
+            if spans:
+                seen.add(kind)
+                axes.broken_barh(spans, (row - 0.4, 0.8), facecolors=TASKS[kind][1], edgecolor="white",
+                                 linewidth=0 if kind == "idle" else 0.3, zorder=1 if kind == "idle" else 2)
+        for span, kind, microbatch, chunk in numbers if len(ranks) <= 16 else ():
+            text = f"{microbatch}{chr(ord('a') + chunk)}" if rank_has_chunks(rank) else f"{microbatch}"
+            if (span[1] - span[0]) / (end - begin) > 0.006 * len(text):
+                x, width = place(span)
+                axes.text(x + width / 2, row, text, ha="center", va="center", fontsize=6, color=TASKS[kind][2], zorder=3,
+                          clip_on=True)
+        axes.text(1.005, row, f"idle {100 * rank.idle:.1f} %", va="center", fontsize=8,
+                  transform=axes.get_yaxis_transform())
+    for step in steps:
+        at = min(r.steps[step][0] for r in ranks.values())
+        axes.axvline((at - begin) / unit, color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, zorder=4)
+        axes.annotate(f"step {step}", ((at - begin) / unit, 1.01), xycoords=("data", "axes fraction"), va="bottom",
+                      color=GREY, fontsize=8)
+    axes.set_xlim(0, (end - begin) / unit)
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    axes.set_yticks(range(len(ranks)), [r.name or f"rank {n}" for n, r in ranks.items()])
+    axes.set_xlabel(f"time, {unit_name}")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    traced = sorted(set().union(*(r.steps for r in ranks.values())))
+    axes.set_title(f"Timeline of the ranks (traced: steps {traced[0]} to {traced[-1]}; numbers: microbatches)", loc="left",
+                   fontweight="bold", pad=16)
+    from matplotlib.patches import Patch
+    entries = {TASKS[k][0]: Patch(facecolor=TASKS[k][1], label=TASKS[k][0]) for k in TASKS if k in seen}
+    axes.legend(handles=list(entries.values()), loc="upper left", bbox_to_anchor=(0, -0.6 / (0.35 * len(ranks) + 0.3)),
+                ncols=len(entries), frameon=False)
+
+
+def rank_has_chunks(rank):
+    return any(task[4] > 0 for task in rank.tasks)
+
+
 class Report:
     """The panels of one figure over a common axis of steps."""
 
-    def __init__(self, train, evaluations):
+    def __init__(self, train, evaluations, ranks=None):
         self.train, self.evaluations = train, evaluations
+        self.ranks = ranks  # of a trace: {number: Rank}
         self.steps = [r["step"] for r in train]
         self.spans = stage_spans(train)
         self.window = max(1, len(train) // 60)
@@ -276,9 +448,13 @@ class Report:
         self.collect()
         columns = 1 if len(self.panels) == 1 else 2
         rows = -(-len(self.panels) // columns)
-        figure, grid = plt.subplots(rows, columns, figsize=(6.6 * columns, 2.9 * rows + 0.7), squeeze=False,
-                                    sharex=True, layout="constrained")
-        cells = list(grid.flat)
+        timeline = 0.35 * len(self.ranks) + 1.4 if self.ranks else 0
+        figure = plt.figure(figsize=(6.6 * max(columns, 2 if self.ranks else 1), 2.9 * rows + 0.7 + timeline),
+                            layout="constrained")
+        curves, below = figure, None
+        if self.ranks:
+            curves, below = figure.subfigures(2, 1, height_ratios=[2.9 * rows + 0.7, timeline])
+        cells = list(curves.subplots(rows, columns, squeeze=False, sharex=True).flat)
         for axes, (name, label, draw) in zip(cells, self.panels):
             draw(axes)
             axes.set_title(name, loc="left", fontweight="bold", pad=16 if len(self.spans) > 1 else 6)
@@ -297,14 +473,17 @@ class Report:
                                   color=GREY, fontsize=8)
         for axes in cells[len(self.panels):]:
             axes.set_visible(False)
-        figure.suptitle(f"{title}\n{self.summary()}", fontsize=11)
+        if below:
+            draw_timeline(below.subplots(), self.ranks)
+        curves.suptitle(f"{title}\n{self.summary()}", fontsize=11)
         return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the metrics of a run.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl, and perhaps trace.json")
     parser.add_argument("--out", type=Path, help="picture to write: .png, .svg or .pdf (default: RUN_DIR/report.png)")
+    parser.add_argument("--trace", type=Path, help="timeline to draw (default: RUN_DIR/trace.json, when there is one)")
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "report.png"
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -312,6 +491,8 @@ def main():
     if not arguments.run.is_dir():
         raise ReportError(f"{arguments.run} is not a folder; give the folder of a run, which holds metrics.jsonl")
     train, evaluations = parse(arguments.run / "metrics.jsonl")
+    trace = arguments.trace or arguments.run / "trace.json"
+    ranks = read_trace(trace) if arguments.trace or trace.exists() else None
     try:
         import matplotlib
     except ImportError:
@@ -320,7 +501,7 @@ def main():
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "legend.framealpha": 0.85})
-    figure = Report(train, evaluations).draw(plt, arguments.run.resolve().name)
+    figure = Report(train, evaluations, ranks).draw(plt, arguments.run.resolve().name)
     # Under another name first: a reader never sees half a picture.
     partial = out.with_name(f".{out.name}.partial")
     try:

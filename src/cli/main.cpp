@@ -77,6 +77,8 @@ int main(int argc, char** argv) {
   deltapipe::add_config_command(app);
   deltapipe::add_data_command(app);
   deltapipe::add_init_command(app);
+  deltapipe::add_status_command(app);
+  deltapipe::add_plan_command(app);
   deltapipe::add_train_command(app, runtime);
   deltapipe::add_eval_command(app);
   deltapipe::add_export_command(app);

@@ -2,8 +2,10 @@
 
 #include "comm/block_copy.h"
 #include "core/log.h"
+#include "core/trace.h"
 
 #include <exception>
+#include <optional>
 #include <utility>
 
 namespace deltapipe {
@@ -14,6 +16,41 @@ struct Releaser {
   ~Releaser() {
     if (operation != nullptr) operation->release();
   }
+};
+
+/// A call as a span of the trace. Calls within a call are part of it.
+class TracedCall {
+ public:
+  TracedCall(const Communicator& communicator, const Stream& stream, Purpose purpose, const char* name) {
+    if (!trace::is_on() || inside_ || communicator.size() == 1 || stream.is_dry()) return;
+    inside_ = true;
+    communicator_ = &communicator;
+    before_ = communicator.traffic(purpose);
+    purpose_ = purpose;
+    event_.track = trace::Track::communication;
+    event_.category = communicator.axis();
+    event_.name = name;
+    event_.purpose = name_of(purpose);
+    event_.begin_ns = trace::now_ns();
+  }
+  ~TracedCall() {
+    if (communicator_ == nullptr) return;
+    inside_ = false;
+    const Traffic& now = communicator_->traffic(purpose_);
+    event_.messages = now.messages - before_.messages;
+    event_.bytes = now.bytes - before_.bytes;
+    event_.end_ns = trace::now_ns();
+    trace::record(event_);
+  }
+  TracedCall(const TracedCall&) = delete;
+  TracedCall& operator=(const TracedCall&) = delete;
+
+ private:
+  static inline bool inside_ = false;  // communication is one thread's alone
+  const Communicator* communicator_ = nullptr;
+  Traffic before_;
+  Purpose purpose_ = Purpose::control;
+  trace::Event event_;
 };
 
 void check_reducible(const Tensor& x, const char* operation) {
@@ -46,10 +83,17 @@ std::string_view name_of(Purpose purpose) {
   return "?";
 }
 
-Pending::Pending(Pending&& other) noexcept : operation_(std::exchange(other.operation_, nullptr)) {}
+Pending::Pending(Pending&& other) noexcept
+    : operation_(std::exchange(other.operation_, nullptr)),
+      traced_(other.traced_),
+      wait_name_(other.wait_name_),
+      purpose_(other.purpose_) {}
 
 Pending& Pending::operator=(Pending&& other) noexcept {
   std::swap(operation_, other.operation_);
+  std::swap(traced_, other.traced_);
+  std::swap(wait_name_, other.wait_name_);
+  std::swap(purpose_, other.purpose_);
   return *this;
 }
 
@@ -69,6 +113,8 @@ bool Pending::test() {
 
 void Pending::wait(const Stream& stream) {
   if (operation_ == nullptr) return;
+  std::optional<TracedCall> call;
+  if (traced_ != nullptr) call.emplace(*traced_, stream, purpose_, wait_name_);
   const Releaser release{std::exchange(operation_, nullptr)};
   release.operation->wait(stream);
 }
@@ -99,27 +145,41 @@ Pending Communicator::start_checked_exchange(const Stream& stream, std::span<con
   return do_exchange(stream, sends, receives, purpose, operation);
 }
 
+Pending Communicator::traced(Pending pending, Purpose purpose, const char* wait_name) const {
+  if (trace::is_on()) {
+    pending.traced_ = this;
+    pending.wait_name_ = wait_name;
+    pending.purpose_ = purpose;
+  }
+  return pending;
+}
+
 void Communicator::send(const Stream& stream, const Tensor& x, int to, Purpose purpose, int tag) {
+  const TracedCall call(*this, stream, purpose, "send");
   const Transfer transfer{to, x, tag};
   start_checked_exchange(stream, {&transfer, 1}, {}, purpose, "send").wait(stream);
 }
 
 void Communicator::receive(const Stream& stream, const Tensor& x, int from, Purpose purpose, int tag) {
+  const TracedCall call(*this, stream, purpose, "receive");
   const Transfer transfer{from, x, tag};
   start_checked_exchange(stream, {}, {&transfer, 1}, purpose, "receive").wait(stream);
 }
 
 void Communicator::exchange(const Stream& stream, std::span<const Transfer> sends, std::span<const Transfer> receives,
                             Purpose purpose) {
+  const TracedCall call(*this, stream, purpose, "exchange");
   start_checked_exchange(stream, sends, receives, purpose, "exchange").wait(stream);
 }
 
 Pending Communicator::start_exchange(const Stream& stream, std::span<const Transfer> sends,
                                      std::span<const Transfer> receives, Purpose purpose) {
-  return start_checked_exchange(stream, sends, receives, purpose, "exchange");
+  const TracedCall call(*this, stream, purpose, "start exchange");
+  return traced(start_checked_exchange(stream, sends, receives, purpose, "exchange"), purpose, "wait for exchange");
 }
 
 void Communicator::all_reduce_sum(const Stream& stream, const Tensor& x, Purpose purpose, Arena& workspace) {
+  const TracedCall call(*this, stream, purpose, "all_reduce_sum");
   const auto scope = workspace.scope();
   start_all_reduce_sum(stream, x, purpose, workspace).wait(stream);
 }
@@ -129,10 +189,12 @@ Pending Communicator::start_all_reduce_sum(const Stream& stream, const Tensor& x
   const std::int64_t elements = all_reduce_scratch(x.numel(), x.dtype);
   const Tensor scratch = elements > 0 ? workspace.allocate(x.dtype, {elements}, "all-reduce scratch") : Tensor();
   if (stream.is_dry() || size_ == 1 || x.numel() == 0) return {};
-  return do_all_reduce(stream, x, scratch, purpose);
+  const TracedCall call(*this, stream, purpose, "start all_reduce_sum");
+  return traced(do_all_reduce(stream, x, scratch, purpose), purpose, "wait for all_reduce_sum");
 }
 
 void Communicator::all_gather(const Stream& stream, const Tensor& part, const Tensor& whole, Purpose purpose) {
+  const TracedCall call(*this, stream, purpose, "all_gather");
   start_all_gather(stream, part, whole, purpose).wait(stream);
 }
 
@@ -143,11 +205,13 @@ Pending Communicator::start_all_gather(const Stream& stream, const Tensor& part,
     copy_all(stream, part, whole);
     return {};
   }
-  return do_all_gather(stream, part, whole, purpose);
+  const TracedCall call(*this, stream, purpose, "start all_gather");
+  return traced(do_all_gather(stream, part, whole, purpose), purpose, "wait for all_gather");
 }
 
 void Communicator::reduce_scatter_sum(const Stream& stream, const Tensor& whole, const Tensor& part, Purpose purpose,
                                       Arena& workspace) {
+  const TracedCall call(*this, stream, purpose, "reduce_scatter_sum");
   const auto scope = workspace.scope();
   start_reduce_scatter_sum(stream, whole, part, purpose, workspace).wait(stream);
 }
@@ -163,17 +227,20 @@ Pending Communicator::start_reduce_scatter_sum(const Stream& stream, const Tenso
     copy_all(stream, whole, part);
     return {};
   }
-  return do_reduce_scatter(stream, whole, part, scratch, purpose);
+  const TracedCall call(*this, stream, purpose, "start reduce_scatter_sum");
+  return traced(do_reduce_scatter(stream, whole, part, scratch, purpose), purpose, "wait for reduce_scatter_sum");
 }
 
 void Communicator::broadcast(const Stream& stream, const Tensor& x, int root, Purpose purpose) {
   require(root >= 0 && root < size_, "broadcast: root outside the axis");
   if (stream.is_dry() || size_ == 1) return;
+  const TracedCall call(*this, stream, purpose, "broadcast");
   do_broadcast(stream, x, root, purpose);
 }
 
 void Communicator::barrier(const Stream& stream, Purpose purpose) {
   if (stream.is_dry() || size_ == 1) return;
+  const TracedCall call(*this, stream, purpose, "barrier");
   do_barrier(stream, purpose);
 }
 

@@ -9,6 +9,9 @@
 // - Nothing hangs: an operation without an answer for CommunicationSettings::timeout_s throws a CommunicationError that
 //   names operation, purpose, axis and the silent ranks.
 // - On a dry stream every operation checks its arguments, takes its workspace, and returns at once, counting nothing.
+// - Every call, and every wait for a started operation, is a span of a trace (core/trace.h) while one is recorded: with
+// the
+//   bytes that it sent, so that a trace's bytes are those of the counters.
 // - A start_* operation borrows its tensors, workspace included, until its Pending has been waited for: inputs may be
 //   read but not written, outputs not touched. Waiting makes progress for all pending operations of the process.
 #pragma once
@@ -67,6 +70,8 @@ class PendingOperation {
   virtual void release() noexcept = 0;  // abandons what is unfinished and gives the object back to its owner
 };
 
+class Communicator;
+
 /// Handle of a started operation. Wait for it before its communicator or its tensors go: dropping it unfinished
 /// abandons the operation and is only right when an error is ending the process.
 class [[nodiscard]] Pending {
@@ -83,7 +88,12 @@ class [[nodiscard]] Pending {
   void wait(const Stream& stream);
 
  private:
+  friend class Communicator;
   PendingOperation* operation_ = nullptr;
+  // For a trace: whose it is, and what its wait is called there. Null: it was not started within a recording.
+  const Communicator* traced_ = nullptr;
+  const char* wait_name_ = "";
+  Purpose purpose_ = Purpose::control;
 };
 
 /// One message of an exchange: to or from rank `peer` of the axis. Tags tell messages between the same ranks apart.
@@ -156,6 +166,8 @@ class Communicator {
  private:
   Pending start_checked_exchange(const Stream& stream, std::span<const Transfer> sends,
                                  std::span<const Transfer> receives, Purpose purpose, const char* operation);
+  /// The same operation, its wait a span of the trace.
+  Pending traced(Pending pending, Purpose purpose, const char* wait_name) const;
 
   int rank_, size_;
   std::string axis_;

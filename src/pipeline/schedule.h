@@ -109,7 +109,7 @@ Dependencies dependencies(const Schedule& schedule, int rank, const Task& task);
 
 /// What travels between ranks: hidden states downstream, gradients upstream.
 enum class MessageKind : std::uint8_t { teacher, activation, gradient };
-inline constexpr int message_kinds = 3;
+inline constexpr int message_kinds = 3;  // each has the tag of its number, on the pipeline's communicator
 std::string_view name_of(MessageKind kind);
 
 struct Message {

@@ -2,6 +2,7 @@
 
 #include "core/file.h"
 #include "core/log.h"
+#include "core/trace.h"
 
 #include <chrono>
 #include <cstring>
@@ -30,6 +31,7 @@ MeshCheckpointWriter::~MeshCheckpointWriter() {
 }
 
 void MeshCheckpointWriter::write(const TrainingState& state, std::span<const TensorSlice> slices) {
+  const trace::Span span("checkpoint", "checkpoint snapshot");
   if (alone_) return alone_->write(state, slices);
   finish();
   runtime_.together([&] {
@@ -64,6 +66,7 @@ bool MeshCheckpointWriter::is_done() const {
 void MeshCheckpointWriter::finish() {
   if (alone_) return alone_->wait();
   if (!state_) return;
+  const trace::Span span("checkpoint", "checkpoint publication");
   const TrainingState state = std::move(*state_);
   state_.reset();
   FileRecord own;

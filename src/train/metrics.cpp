@@ -96,13 +96,20 @@ void MetricsFile::write(const StepMetrics& m) {
 }
 
 void MetricsFile::write_end(const RunResult& r) {
+  nlohmann::json memory = nlohmann::json::array();
+  for (const RankMemoryUse& rank : r.memory) {
+    nlohmann::json arenas;
+    for (const ArenaUse& a : rank) arenas[a.name] = {{"planned", a.planned_bytes}, {"peak", a.peak_bytes}};
+    memory.push_back(arenas);
+  }
   line(nlohmann::json{{"end", true},
                       {"step", r.steps},
                       {"tokens", r.tokens},
                       {"skipped", r.skipped},
                       {"stopped_by_signal", r.stopped_by_signal},
                       {"seconds", r.seconds},
-                      {"peak_rss_bytes", r.peak_rss_bytes}}
+                      {"peak_rss_bytes", r.peak_rss_bytes},
+                      {"memory", memory}}
            .dump());
 }
 

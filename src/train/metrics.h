@@ -31,14 +31,22 @@ struct StepMetrics {
   std::vector<TrafficMetrics> traffic;  // of what was used; empty for a job of one rank
 };
 
+/// An arena of a rank: what was planned before the first step, and what was used at most.
+struct ArenaUse {
+  std::string name;
+  std::uint64_t planned_bytes = 0, peak_bytes = 0;
+};
+using RankMemoryUse = std::vector<ArenaUse>;
+
 /// How one training process ended.
 struct RunResult {
-  std::int64_t steps = 0;            // of the whole run so far
-  std::uint64_t tokens = 0;          // of the whole run so far
-  std::int64_t skipped = 0;          // of the whole run so far
-  int stopped_by_signal = 0;         // 0: the run is complete
-  double seconds = 0;                // of this process's steps, evaluations and checkpoints
-  std::uint64_t peak_rss_bytes = 0;  // of this process
+  std::int64_t steps = 0;             // of the whole run so far
+  std::uint64_t tokens = 0;           // of the whole run so far
+  std::int64_t skipped = 0;           // of the whole run so far
+  int stopped_by_signal = 0;          // 0: the run is complete
+  double seconds = 0;                 // of this process's steps, evaluations and checkpoints
+  std::uint64_t peak_rss_bytes = 0;   // of this process
+  std::vector<RankMemoryUse> memory;  // [rank]
 };
 
 /// RUN_DIR/metrics.jsonl. Every line is flushed, so that a reader sees it at once.
@@ -47,7 +55,8 @@ class MetricsFile {
   /// Opens for appending. Lines of steps after `last_step` are dropped first: a resumed run writes them anew.
   MetricsFile(const std::filesystem::path& path, std::int64_t last_step);
   void write(const StepMetrics& m);
-  /// The last line of a process: how it ended, how long it took, how much memory it used at most.
+  /// The last line of a process: how it ended, how long it took, how much memory it used at most, arena by arena of
+  /// every rank.
   void write_end(const RunResult& result);
   void write_evaluation(std::int64_t step, const std::string& stage, const DivergenceResult& result);
 

@@ -7,12 +7,14 @@
 #include "core/log.h"
 #include "core/parallel.h"
 #include "core/random.h"
+#include "core/trace.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
 #include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
+#include "train/trace_window.h"
 
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -130,6 +132,7 @@ void compare_configs(const Config& now, const TrainingState& state, const std::s
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
+  then.trace = now.trace;
   if (!(then == now)) {
     log::warn("the configuration is not the one that {} was written with; the run goes on with the new one", where);
   }
@@ -152,6 +155,24 @@ std::uint64_t peak_rss_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts in KiB
+}
+
+/// What every rank's arenas were planned to hold, and what they held at most.
+std::vector<RankMemoryUse> gather_memory(Communicator& world, const ArenaSet& planned, const ArenaSet& real) {
+  const auto names = planned.all();
+  const auto arenas = real.all();
+  std::vector<std::uint64_t> own, all(2 * names.size() * static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    own.push_back(names[i]->peak());
+    own.push_back(arenas[i]->peak());
+  }
+  const auto tensor = [](std::vector<std::uint64_t>& v) { return Tensor(v.data(), DType::u64, {std::ssize(v)}); };
+  world.all_gather(Stream::cpu(), tensor(own), tensor(all), Purpose::control);
+  std::vector<RankMemoryUse> list(static_cast<std::size_t>(world.size()));
+  for (std::size_t i = 0; i < all.size(); i += 2) {
+    list[i / (2 * names.size())].push_back({names[i / 2 % names.size()]->name(), all[i], all[i + 1]});
+  }
+  return list;
 }
 
 /// Sent by all ranks since the last call, for the metrics.
@@ -228,8 +249,9 @@ class TrainingRun {
   RunResult run() {
     std::optional<ArenaSet> arenas;
     std::optional<Trainer> maybe_trainer;
+    ArenaSet measured = ArenaSet::measuring(Device());
     runtime_.together([&] {
-      const ArenaSet measured = Trainer::measure(plan_, *mesh_, Device());
+      measured = Trainer::measure(plan_, *mesh_, Device());
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
@@ -257,6 +279,7 @@ class TrainingRun {
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
     traffic_.emplace(*mesh_);
+    TraceWindow trace(config_.trace, runtime_, *mesh_, folder_ / "trace.json");
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {
@@ -275,6 +298,7 @@ class TrainingRun {
         const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
         const std::int64_t steps = stage_steps(stage);
         while (at.stage_step < steps && !asked_to_stop(writer)) {
+          trace.before_step(at.step + 1);
           step(trainer, at, stage, metrics, console);
           const bool stage_ends = at.stage_step == steps;
           if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
@@ -292,11 +316,13 @@ class TrainingRun {
     trainer.stop();
     if (saved_step != at.step) save();
     writer.finish();
+    trace.finish();
     if (signal_ != 0 && is_first()) {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
     }
-    const RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes()};
+    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), {}};
+    result.memory = gather_memory(runtime_.world(), measured, *arenas);
     if (metrics) metrics->write_end(result);
     return result;
   }
@@ -413,7 +439,9 @@ class TrainingRun {
     const auto index = static_cast<std::size_t>(at.stage);
     runtime_.set_where(fmt::format("step {}", at.step + 1));
     StepMetrics m;
+    trace::Span span("step", "step");
     m.report = trainer.step(&loaders_[index], at.stage_step);
+    span.end();
     const std::int64_t tokens = stage.batch_sequences * stage.sequence_length;
     ++at.step;
     ++at.stage_step;
@@ -449,6 +477,7 @@ class TrainingRun {
   void evaluate(Trainer& trainer, std::optional<MetricsFile>& metrics, const Progress& at) {
     if (!validation_) return;
     runtime_.set_where(fmt::format("the evaluation after step {}", at.step));
+    const trace::Span span("evaluation", "evaluation");
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
     runtime_.together([&] {
@@ -475,7 +504,8 @@ class TrainingRun {
   Progress first_;  // where this process begins
 };
 
-/// What this binary cannot do.
+}  // namespace
+
 void check_backend(const Config& config) {
   if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
@@ -485,10 +515,7 @@ void check_backend(const Config& config) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
-  if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
 }
-
-}  // namespace
 
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {
   ModelSources s;
@@ -523,7 +550,10 @@ void init_student_weights(const Config& config, const ModelSources& sources, Par
 }
 
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime) {
-  runtime.together([&] { check_backend(config); });
+  runtime.together([&] {
+    check_backend(config);
+    if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
+  });
   set_num_threads(config.run.threads != 0 ? static_cast<int>(config.run.threads) : runtime.own_cores());
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();

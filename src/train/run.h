@@ -31,6 +31,9 @@ struct RunOptions {
 /// ranks apart, and the caller ends them with MpiRuntime::abort_all.
 RunResult run_training(const Config& config, const RunOptions& options, MpiRuntime& runtime);
 
+/// Throws ConfigError when this binary cannot do what the configuration asks of the device.
+void check_backend(const Config& config);
+
 /// The models that a configuration speaks of, opened but not loaded.
 struct ModelSources {
   std::unique_ptr<HuggingFaceFolder> teacher;         // null: no teacher

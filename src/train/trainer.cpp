@@ -1,6 +1,7 @@
 #include "train/trainer.h"
 
 #include "core/error.h"
+#include "core/trace.h"
 #include "kernels/elementwise.h"
 #include "train/lr_schedule.h"
 #include "train/patterns.h"
@@ -25,9 +26,9 @@ LrKind kind_of(LearningRateSchedule s) {
 ModelSet make_models(const TrainingPlan& plan, const Mesh& mesh, ArenaSet& arenas, const Stream& stream) {
   ModelSet models(plan.student, plan.teacher_spec(), compute_dtype(plan.config.run), arenas, stream,
                   plan.ranges_of(mesh.coordinate().pipeline));
-  models.student_parameters().allocate_gradients(arenas.gradients,
-                                                 [&](const ParameterSpec& p) { return plan.trains(p); },
-                                                 mesh.shape().data * mesh.shape().sequence);
+  models.student_parameters().allocate_gradients(
+      arenas.gradients, [&](const ParameterSpec& p) { return plan.trains(p); },
+      mesh.shape().data * mesh.shape().sequence);
   return models;
 }
 
@@ -38,6 +39,26 @@ pipeline::Stages make_stages(const TrainingPlan& plan, Mesh& mesh, const ModelSe
                         plan.config.memory.recompute);
   }
   return pipeline::Stages(mesh[Axis::pipeline], std::move(chunks));
+}
+
+/// Tasks as spans of a trace. One rank's tasks follow each other.
+void trace_tasks(pipeline::Executor& executor) {
+  executor.observer = [begin_ns = std::int64_t{0}](const pipeline::Task& task, bool begins) mutable {
+    if (!trace::is_on()) return;
+    if (begins) {
+      begin_ns = trace::now_ns();
+      return;
+    }
+    trace::Event event;
+    event.category = "task";
+    event.name = pipeline::name_of(task.kind);
+    event.begin_ns = begin_ns;
+    event.end_ns = trace::now_ns();
+    event.microbatch = task.microbatch;
+    event.chunk = task.chunk;
+    event.step_offset = task.step_offset;
+    trace::record(event);
+  };
 }
 
 }  // namespace
@@ -70,7 +91,7 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
     const auto batch_scope = batch.scope(), activation_scope = arenas_.activations.scope(),
                communication_scope = arenas_.communication.scope();
     mark_trainable(i);  // what a microbatch keeps for weights' gradients depends on it
-    pipeline::Schedule schedule = plan_.schedule(i);
+    const pipeline::Schedule& schedule = plan_.schedules[i];
     std::vector<HostBatch> batches;
     const bool ahead = schedule.teacher == pipeline::Teacher::ahead;
     for (int n = 0; n < (ahead ? 2 : 1); ++n) {
@@ -78,8 +99,9 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
                            mesh_.coordinate().sequence);
     }
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
-    pipeline::Executor executor(stages_, std::move(schedule), job, batches.front(), context_.sequence,
+    pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence,
                                 arenas_.activations, arenas_.communication);
+    trace_tasks(executor);
     most = std::max(most, batch.used());
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});
   }
@@ -112,8 +134,8 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
   const auto i = static_cast<std::size_t>(stage_step) % work.batches.size();
   HostBatch& batch = work.batches[i];
   if (work.loaded[i] == stage_step || context_.stream.is_dry()) return batch;
-  const std::int64_t first = stage_step * plan_.config.stages[stage_].batch_sequences +
-                             mesh_.coordinate().data * batch.sequences();
+  const std::int64_t first =
+      stage_step * plan_.config.stages[stage_].batch_sequences + mesh_.coordinate().data * batch.sequences();
   for (std::int64_t k = 0; k < batch.sequences(); ++k) {
     loader->fill(static_cast<std::uint64_t>(first + k), batch.spans(k));
   }
@@ -126,16 +148,17 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
 void Trainer::sum_gradients() {
   const Stream& stream = context_.stream;
   ParameterTable& parameters = models_.student_parameters();
-  Communicator& pipeline = mesh_[Axis::pipeline];
-  const int last = pipeline.size() - 1;
-  if (plan_.student.tied_embeddings && last > 0 && (pipeline.rank() == 0 || pipeline.rank() == last)) {
+  Communicator& along = mesh_[Axis::pipeline];
+  const int last = along.size() - 1;
+  if (plan_.student.tied_embeddings && last > 0 && (along.rank() == 0 || along.rank() == last)) {
     // Embedding and head each add their part; both ranks then hold the same sum and make the same update.
     if (const Tensor own = parameters.at(embedding_name).gradient()) {
       const auto scope = context_.workspace.scope();
       const Tensor theirs = context_.workspace.allocate(own.dtype, own.shape, "tied embedding's other gradient");
-      const int peer = last - pipeline.rank();
-      const std::array<Transfer, 1> send{{{peer, own, 0}}}, receive{{{peer, theirs, 0}}};
-      pipeline.exchange(stream, send, receive, Purpose::gradients);
+      const int peer = last - along.rank();
+      constexpr int tag = pipeline::message_kinds;  // hidden states of the next step may be under way between the two
+      const std::array<Transfer, 1> send{{{peer, own, tag}}}, receive{{{peer, theirs, tag}}};
+      along.exchange(stream, send, receive, Purpose::gradients);
       kernels::add_in_place(stream, theirs, own);
     }
   }
@@ -165,14 +188,22 @@ void Trainer::gather_weights(bool all_stages) {
 }
 
 StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) {
+  StepReport report = accumulate(loader, stage_step);
+  update(report);
+  return report;
+}
+
+StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_step) {
   const StageConfig& stage = plan_.config.stages[stage_];
   const Objective& objective = plan_.objectives[stage_];
   StageWork& work = works_[stage_];
   const bool dry = context_.stream.is_dry();
   const std::int64_t steps = stage_steps(stage);
+  trace::Span loading("data", "load batch");
   const HostBatch& batch = load(loader, stage_step);
   const bool goes_on = work.executor.looks_ahead() && stage_step + 1 < steps;
   const HostBatch* next = goes_on ? &load(loader, stage_step + 1) : nullptr;
+  loading.end();
   double tokens = dry ? 1.0 : static_cast<double>(batch.count_unmasked());
   mesh_[Axis::data].all_reduce_sum(context_.stream, Tensor(&tokens, DType::f64, {1}), Purpose::control,
                                    context_.workspace);
@@ -181,11 +212,15 @@ StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) 
   models_.student_parameters().zero_gradients(context_.stream);
   kernels::fill_zero(context_.stream, totals_);
   work.executor.run(context_, {&batch, next, 1.0 / tokens, sums_});
+  trace::Span summing("optimizer", "gradient sum");
   sum_gradients();
+  summing.end();
+  trace::Span measuring("optimizer", "gradient norm");
   const std::string_view counted_elsewhere =
       mesh_.coordinate().pipeline > 0 && plan_.student.tied_embeddings ? embedding_name : std::string_view();
   optimizer_.add_squared_norm(context_, totals_.rows(LossSums::count, LossSums::count + 1), counted_elsewhere);
   mesh_[Axis::world].all_reduce_sum(context_.stream, totals_, Purpose::control, context_.workspace);
+  measuring.end();
 
   StepReport report;
   report.learning_rate = learning_rate(kind_of(stage.schedule), stage_step, steps, stage.warmup, stage.learning_rate,
@@ -194,11 +229,17 @@ StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) 
     const double* totals = totals_.as<double>();
     report.losses = report_losses(objective, totals, plan_.student.layers(), tokens);
     report.gradient_norm = std::sqrt(totals[LossSums::count]);
-    if (!std::isfinite(report.losses.total)) return report;
   }
-  report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
-  if (report.applied) gather_weights(false);
   return report;
+}
+
+void Trainer::update(StepReport& report) {
+  if (!std::isfinite(report.losses.total)) return;
+  trace::Span updating("optimizer", "update");
+  report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
+  updating.end();
+  const trace::Span gathering("optimizer", "weight gather");
+  if (report.applied) gather_weights(false);
 }
 
 void Trainer::stop() { works_[stage_].executor.stop(context_); }

@@ -12,6 +12,7 @@
 #include "eval/divergence.h"
 #include "pipeline/executor.h"
 #include "pipeline/generators.h"
+#include "pipeline/model_costs.h"
 #include "train/optimizer.h"
 
 #include <array>
@@ -28,7 +29,8 @@ struct TrainingPlan {
   std::optional<ModelSpec> teacher;
   std::vector<Objective> objectives;  // one a stage of the recipe
   MeshShape mesh;
-  std::vector<LayerRange> partition;  // layers of every virtual stage of the pipeline
+  std::vector<LayerRange> partition;           // layers of every virtual stage of the pipeline
+  std::vector<pipeline::Schedule> schedules;  // one a stage of the recipe
 
   const ModelSpec* teacher_spec() const { return teacher ? &*teacher : nullptr; }
   /// Whether any stage trains this parameter.
@@ -41,9 +43,8 @@ struct TrainingPlan {
   std::vector<LayerRange> ranges_of(int pipeline_rank) const;
   /// Microbatches that a rank runs in a step of stage i.
   int microbatches(std::size_t i) const;
-  /// The schedule of stage i, and what it was placed with.
-  pipeline::Schedule schedule(std::size_t i) const;
-  pipeline::CostModel cost_model(std::size_t i) const;
+  /// What the schedule of stage i was placed with.
+  pipeline::CostModel cost_model(std::size_t i, const pipeline::Speed& speed = {}) const;
 };
 
 /// `mesh` is resolved. Throws ConfigError when stages, models, mesh and settings do not fit each other.
@@ -71,6 +72,10 @@ class Trainer {
   /// Step `stage_step` (from 0) of the current stage, after the one before it or any other after begin_stage() and
   /// stop(). Data depends on the step's number alone. On a dry stream `loader` may be null.
   StepReport step(const SequenceLoader* loader, std::int64_t stage_step);
+  /// Its two halves. After accumulate() the gradients of optimizer().state() are the whole batch's; `applied` is not
+  /// known yet. update() changes weights unless loss or gradients are not finite; then the gradients are gone.
+  StepReport accumulate(const SequenceLoader* loader, std::int64_t stage_step);
+  void update(StepReport& report);
   /// Before steps end elsewhere than at the end of a stage: drops what was done ahead.
   void stop();
   DivergenceResult evaluate(const WindowReader* reader);

@@ -8,7 +8,7 @@
 namespace deltapipe {
 namespace {
 
-pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i) {
+pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i, const pipeline::Speed& speed = {}) {
   const StageConfig& s = plan.config.stages[i];
   pipeline::WorkOfMicrobatch work;
   work.tokens = s.microbatch_sequences * s.sequence_length / plan.mesh.sequence;
@@ -16,7 +16,7 @@ pipeline::ModelCosts costs_of(const TrainingPlan& plan, std::size_t i) {
   work.recompute = plan.config.memory.recompute;
   work.trains_head_losses = plan.objectives[i].has_head_losses();
   return pipeline::estimate_costs(plan.student, plan.objectives[i].needs_teacher() ? plan.teacher_spec() : nullptr,
-                                  work);
+                                  work, speed);
 }
 
 /// Explicit, or by the costs of the last stage of the recipe: most of a run is there.
@@ -72,6 +72,28 @@ void check_mesh(const TrainingPlan& plan) {
   if (!plan.config.data.validation.empty()) check_length(plan.evaluation_length(), "the evaluation's sequence_length");
 }
 
+pipeline::Schedule make_stage_schedule(const TrainingPlan& plan, std::size_t i) {
+  pipeline::ScheduleRequest request;
+  switch (plan.config.pipeline.schedule) {
+    case PipelineSchedule::one_f_one_b: request.kind = pipeline::ScheduleKind::one_f_one_b; break;
+    case PipelineSchedule::interleaved: request.kind = pipeline::ScheduleKind::interleaved; break;
+    case PipelineSchedule::zero_bubble: request.kind = pipeline::ScheduleKind::zero_bubble; break;
+  }
+  if (plan.objectives[i].aligns_mixers()) request.kind = pipeline::ScheduleKind::align;
+  request.ranks = plan.mesh.pipeline;
+  request.chunks = plan.chunks();
+  request.microbatches = plan.microbatches(i);
+  request.kept_limit = static_cast<int>(plan.config.pipeline.kept_teacher);
+  if (!plan.objectives[i].needs_teacher()) {
+    request.teacher = pipeline::Teacher::none;
+  } else if (plan.config.pipeline.teacher == TeacherTiming::ahead && plan.mesh.pipeline > 1) {
+    request.teacher = pipeline::Teacher::ahead;
+  } else {
+    request.teacher = pipeline::Teacher::in_line;
+  }
+  return pipeline::make_schedule(request, plan.cost_model(i));
+}
+
 /// A pipeline stage has the same layers of both models.
 void check_layers(const TrainingPlan& plan) {
   if (plan.mesh.pipeline == 1 || !plan.teacher) return;
@@ -85,7 +107,8 @@ void check_layers(const TrainingPlan& plan) {
         const bool has_s = s >= r.first && s < r.last, has_t = t >= r.first && t < r.last;
         if (has_s != has_t) {
           fail<ConfigError>(
-              "stage '{}': hidden_layers compares student layer {} with teacher layer {}, which are on different stages "
+              "stage '{}': hidden_layers compares student layer {} with teacher layer {}, which are on different "
+              "stages "
               "of the pipeline; pipeline.layers can bring them together",
               plan.config.stages[i].name, s, t);
         }
@@ -123,7 +146,8 @@ LayoutKind TrainingPlan::layout() const {
 
 std::vector<LayerRange> TrainingPlan::ranges_of(int pipeline_rank) const {
   std::vector<LayerRange> own;
-  for (int c = 0; c < chunks(); ++c) own.push_back(partition[static_cast<std::size_t>(c * mesh.pipeline + pipeline_rank)]);
+  for (int c = 0; c < chunks(); ++c)
+    own.push_back(partition[static_cast<std::size_t>(c * mesh.pipeline + pipeline_rank)]);
   return own;
 }
 
@@ -132,39 +156,17 @@ int TrainingPlan::microbatches(std::size_t i) const {
   return static_cast<int>(s.batch_sequences / (s.microbatch_sequences * mesh.data));
 }
 
-pipeline::CostModel TrainingPlan::cost_model(std::size_t i) const {
-  const pipeline::ModelCosts costs = costs_of(*this, i);
+pipeline::CostModel TrainingPlan::cost_model(std::size_t i, const pipeline::Speed& speed) const {
+  const pipeline::ModelCosts costs = costs_of(*this, i, speed);
   pipeline::Partition stages;
   for (const LayerRange& r : partition) stages.push_back({r.first, r.last});
   return pipeline::make_cost_model(stages, costs.layers, costs.embedding, costs.head);
 }
 
-pipeline::Schedule TrainingPlan::schedule(std::size_t i) const {
-  pipeline::ScheduleRequest request;
-  switch (config.pipeline.schedule) {
-    case PipelineSchedule::one_f_one_b: request.kind = pipeline::ScheduleKind::one_f_one_b; break;
-    case PipelineSchedule::interleaved: request.kind = pipeline::ScheduleKind::interleaved; break;
-    case PipelineSchedule::zero_bubble: request.kind = pipeline::ScheduleKind::zero_bubble; break;
-  }
-  if (objectives[i].aligns_mixers()) request.kind = pipeline::ScheduleKind::align;
-  request.ranks = mesh.pipeline;
-  request.chunks = chunks();
-  request.microbatches = microbatches(i);
-  request.kept_limit = static_cast<int>(config.pipeline.kept_teacher);
-  if (!objectives[i].needs_teacher()) {
-    request.teacher = pipeline::Teacher::none;
-  } else if (config.pipeline.teacher == TeacherTiming::ahead && mesh.pipeline > 1) {
-    request.teacher = pipeline::Teacher::ahead;
-  } else {
-    request.teacher = pipeline::Teacher::in_line;
-  }
-  return pipeline::make_schedule(request, cost_model(i));
-}
-
 TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, const ModelSpec* teacher,
                                 const MeshShape& mesh) {
   if (config.stages.empty()) fail<ConfigError>("nothing to train: the configuration has no [[stage]]");
-  TrainingPlan plan{config, student, std::nullopt, {}, mesh, {}};
+  TrainingPlan plan{config, student, std::nullopt, {}, mesh, {}, {}};
   if (teacher != nullptr) plan.teacher = *teacher;
   for (const StageConfig& s : config.stages) plan.objectives.push_back(make_objective(s, student, teacher));
   const auto parameters = parameters_of(student);
@@ -186,6 +188,7 @@ TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, 
   check_mesh(plan);
   plan.partition = make_partition(plan);
   check_layers(plan);
+  for (std::size_t i = 0; i < config.stages.size(); ++i) plan.schedules.push_back(make_stage_schedule(plan, i));
   return plan;
 }
 

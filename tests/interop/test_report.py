@@ -1,4 +1,4 @@
-"""tools/report.py on metrics as the trainer writes them, and on what it must refuse."""
+"""tools/report.py on metrics and traces as the trainer writes them, and on what it must refuse."""
 import json
 import pathlib
 import subprocess
@@ -56,3 +56,61 @@ def test_bad_input_is_one_line(tmp_path, content, word):
     result = run(tmp_path)
     assert result.returncode == 1
     assert word in result.stderr and result.stderr.count("\n") == 1
+
+
+def span(rank, begin, end, category, **arguments):
+    return {"ph": "X", "pid": rank, "tid": 2 if category == "communication" else 1, "ts": begin, "dur": end - begin,
+            "cat": category, "name": category, "args": {"step": 5, **arguments}}
+
+
+def task(rank, begin, end, kind, microbatch, step_offset=0):
+    return span(rank, begin, end, "task", kind=kind, microbatch=microbatch, chunk=0, step_offset=step_offset)
+
+
+@pytest.fixture
+def trace(folder):
+    """Two ranks, a step of 1,000 microseconds: rank 0 works half of it, rank 1 three fifths."""
+    events = [{"ph": "M", "pid": r, "name": "process_name", "args": {"name": f"rank {r}: data 0, pipeline {r}, sequence 0"}}
+              for r in (0, 1)]
+    for rank in (0, 1):
+        events += [span(rank, 0, 1000, "step"), span(rank, 900, 1000, "optimizer"), span(rank, 1000, 5000, "evaluation")]
+    events += [task(0, 0, 300, "forward", 0), task(0, 600, 700, "teacher_forward", 1, step_offset=1),
+               task(1, 0, 600, "backward", 0),
+               # Waiting for the stage before is idle time, within a sequence it is work, and so are sends.
+               span(1, 100, 200, "communication", axis="pipeline", purpose="hidden_state", bytes=0, messages=0),
+               span(1, 300, 350, "communication", axis="sequence", purpose="kda_state", bytes=8, messages=1)]
+    file = folder / "trace.json"
+    file.write_text(json.dumps({"traceEvents": events}))
+    return file
+
+
+def test_draws_the_timeline_of_a_trace(folder, trace):
+    out = folder / "report.svg"
+    assert run(folder, "--out", out).returncode == 0
+    text = out.read_text()
+    for words in ("idle 50.0 %", "idle 40.0 %", "rank 1: data 0, pipeline 1, sequence 0", "step 5",
+                  "teacher forward, next step", "forward", "backward", "gradients and optimizer"):
+        assert f"<!-- {words} -->" in text, words
+    assert "mixer alignment" not in text, "no task of that kind"
+
+
+def test_a_trace_elsewhere(folder, trace):
+    elsewhere = folder / "other.json"
+    trace.rename(elsewhere)
+    out = folder / "report.svg"
+    assert run(folder, "--out", out).returncode == 0
+    assert "Timeline" not in out.read_text()
+    assert run(folder, "--out", out, "--trace", elsewhere).returncode == 0
+    assert "Timeline" in out.read_text()
+
+
+@pytest.mark.parametrize("content, word", [
+    (None, "cannot read"), ("{", "not JSON"), ("[]", "not a trace"), ('{"traceEvents": []}', "no steps"),
+    ('{"traceEvents": [{"ph": "X", "pid": 0, "ts": 0, "dur": 1, "cat": "task", "args": {}}]}', "not a trace")])
+def test_bad_traces_are_one_line(folder, content, word):
+    if content is not None:
+        (folder / "trace.json").write_text(content)
+    result = run(folder, "--trace", folder / "trace.json")
+    assert result.returncode == 1
+    assert word in result.stderr and result.stderr.count("\n") == 1
+    assert not (folder / "report.png").exists()
