@@ -7,6 +7,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -67,7 +68,8 @@ void run(CLI::App& app, int argc, char** argv, Runtime& runtime) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Runtime runtime;  // of a command that runs on many ranks
+  std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error to tell of and clean up after
+  Runtime runtime;                // of a command that runs on many ranks
   CLI::App app("deltapipe: distill a full-attention teacher into a KDA / NoPE hybrid student");
   app.require_subcommand(1);
   app.set_version_flag("--version", DELTAPIPE_VERSION);
