@@ -113,7 +113,7 @@ for signal in TERM INT HUP USR1; do
   # A shell makes background jobs ignore SIGINT; `env` undoes that, as a terminal would have it.
   env --default-signal=INT "$launch/mpirun.sh" job.toml >"$shop/out" 2>&1 &
   pid=$!
-  wait_for 20 has_line "$shop/signals" ready || problem "the job did not start" "$shop/out"
+  wait_for 100 has_line "$shop/signals" ready || problem "the job did not start" "$shop/out"
   kill -"$signal" "$pid"
   code=0
   wait "$pid" || code=$?
@@ -121,14 +121,25 @@ for signal in TERM INT HUP USR1; do
   expect_line "$shop/signals" '^USR1$'
   expect_line "$shop/out" "^launch: SIG$signal: the job finishes its step"
 done
-sed -i "s/exit 0' USR1/' USR1/" "$programs/mpirun"
-rm -f "$shop/calls" "$shop/signals"
-echo wait >"$shop/codes"
-"$launch/mpirun.sh" job.toml >"$shop/out" 2>&1 &
-pid=$!
-wait_for 20 has_line "$shop/signals" ready || problem "the job did not start" "$shop/out"
-kill -TERM "$pid"
-wait_for 20 has_line "$shop/signals" USR1 || problem "the first signal did not reach the job" "$shop/out"
+# Starts a job that waits, and signals its launcher, `pid`.
+told() {
+  rm -f "$shop/calls" "$shop/signals"
+  echo wait >"$shop/codes"
+  "$launch/mpirun.sh" job.toml >"$shop/out" 2>&1 &
+  pid=$!
+  wait_for 100 has_line "$shop/signals" ready || problem "the job did not start" "$shop/out"
+  kill -TERM "$pid"
+}
+# A job that the signal kills, since its ranks were not ready for it, is not started again either.
+sed -i "s/exit 0' USR1/exit 138' USR1/" "$programs/mpirun"
+told
+code=0
+wait "$pid" || code=$?
+expect 138 1
+! grep -q restart "$shop/out" || problem "a stopped job was restarted" "$shop/out"
+sed -i "s/exit 138' USR1/' USR1/" "$programs/mpirun"
+told
+wait_for 100 has_line "$shop/signals" USR1 || problem "the first signal did not reach the job" "$shop/out"
 kill -TERM "$pid"
 code=0
 wait "$pid" || code=$?
