@@ -18,8 +18,7 @@
 namespace deltapipe::kernels::cuda {
 
 /// Throws unless `status` is success: MemoryError when the device is full, else InternalError. `call` is the
-/// operation's name; a fault of an earlier kernel on the device may also surface here, and the line says so by CUDA's
-/// own text.
+/// operation's name; kernels run later than they are queued, so a fault of an earlier one may surface here.
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   if (status == cudaErrorMemoryAllocation) fail<MemoryError>("{}: {}", call, cudaGetErrorString(status));
