@@ -70,7 +70,7 @@ std::vector<int> MeshShape::group_ranks(Axis axis, int rank) const {
   return ranks;
 }
 
-Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape)
+Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device)
     : shape_(shape.resolve(runtime.size())),
       world_(runtime.world()),
       coordinate_(shape_.coordinate_of(runtime.rank())) {
@@ -79,9 +79,14 @@ Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape)
     // A group is told from the others by its first rank.
     communicators_[i] = runtime.split(shape_.group_ranks(axis, rank()).front(), rank(), std::string(name_of(axis)));
   }
+  if (device.is_cpu()) return;
+  for (std::size_t i = 0; i < device_communicators_.size(); ++i) {
+    device_communicators_[i] = runtime.on_device((*this)[static_cast<Axis>(i)], device);
+  }
 }
 
 Communicator& Mesh::operator[](Axis axis) {
+  if (const auto& on_device = device_communicators_[static_cast<std::size_t>(axis)]) return *on_device;
   return axis == Axis::world ? world_ : *communicators_[static_cast<std::size_t>(axis)];
 }
 

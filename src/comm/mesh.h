@@ -42,7 +42,8 @@ struct MeshShape {
 class Mesh {
  public:
   /// Collective over the world. `runtime` outlives the mesh. Throws ConfigError as MeshShape::resolve does.
-  Mesh(MpiRuntime& runtime, const MeshShape& shape);
+  /// On a CUDA device communicators carry its memory, over NCCL, and host memory as before.
+  Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device = {});
 
   const MeshShape& shape() const { return shape_; }
   const Coordinate& coordinate() const { return coordinate_; }
@@ -54,7 +55,8 @@ class Mesh {
   MeshShape shape_;
   Communicator& world_;
   Coordinate coordinate_;
-  std::array<std::unique_ptr<Communicator>, axis_count - 1> communicators_;  // all but the world's
+  std::array<std::unique_ptr<Communicator>, axis_count - 1> communicators_;     // all but the world's
+  std::array<std::unique_ptr<Communicator>, axis_count> device_communicators_;  // on CUDA; they use those above
 };
 
 }  // namespace deltapipe

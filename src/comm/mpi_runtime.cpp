@@ -1,6 +1,7 @@
 #include "comm/mpi_runtime.h"
 
 #include "comm/mpi_communicator.h"
+#include "comm/nccl_communicator.h"
 #include "comm/progress.h"
 #include "core/log.h"
 
@@ -95,6 +96,15 @@ std::unique_ptr<Communicator> MpiRuntime::split(int color, int key, const std::s
   if (size() == 1) return std::make_unique<SingleRank>(axis);
   world_->barrier(Stream::cpu());
   return split_world(progress_, color, key, axis);
+}
+
+std::unique_ptr<Communicator> MpiRuntime::on_device([[maybe_unused]] Communicator& host, Device device) {
+  require(device.is_cuda(), "MpiRuntime::on_device: not a CUDA device");
+#ifdef DELTAPIPE_CUDA
+  return make_nccl_communicator(progress_, host, device);
+#else
+  fail<UsageError>("this binary was built without CUDA: use device \"cpu\"");
+#endif
 }
 
 CommunicationSettings& MpiRuntime::settings() { return progress_->settings(); }
