@@ -10,14 +10,15 @@ namespace {
 constexpr int threads = 256;
 constexpr int width = 8;  // bf16 elements of a 16-byte access
 
-__global__ void write_entries(const SequenceList list, int first, int count, std::int64_t query_row,
-                              std::int64_t key_row, const SequenceTable table) {
+__global__ void write_entries(const SequenceList list, int first, int count, const SequenceRows rows,
+                              const SequenceTable table) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= count) return;
   const Sequence s = list.at[i];
   const int entry = first + i;
-  table.query_offsets[entry] = s.query * query_row;
-  table.key_offsets[entry] = s.key * key_row;
+  table.query_offsets[entry] = s.query * rows.query;
+  table.key_offsets[entry] = s.key * rows.key;
+  table.key_gradient_offsets[entry] = s.key * rows.key_gradient;
   table.lse_offsets[entry] = s.query;
   table.query_lengths[entry] = s.queries;
   table.key_lengths[entry] = s.keys;
@@ -53,50 +54,55 @@ __device__ void store(const Values& v, float* x) {
   reinterpret_cast<float4*>(x)[1] = make_float4(v.at[4], v.at[5], v.at[6], v.at[7]);
 }
 
-/// to = (accumulate ? to : 0) + from
+/// to = (accumulate ? to : 0) + from, rows of `row_groups` groups of 8: those of `from` one after another, those of
+/// `to` `row` elements apart.
 template <class From, class To>
 __global__ void __launch_bounds__(threads)
-    add(const From* __restrict__ from, std::size_t groups, bool accumulate, To* __restrict__ to) {
+    add(const From* __restrict__ from, std::size_t groups, std::size_t row_groups, std::size_t row, bool accumulate,
+        To* __restrict__ to) {
   const std::size_t step = static_cast<std::size_t>(gridDim.x) * threads;
   for (std::size_t i = static_cast<std::size_t>(blockIdx.x) * threads + threadIdx.x; i < groups; i += step) {
+    To* out = to + i / row_groups * row + i % row_groups * width;
     Values sum = load(from + i * width);
     if (accumulate) {
-      const Values before = load(to + i * width);
+      const Values before = load(out);
 #pragma unroll
       for (int k = 0; k < width; ++k) sum.at[k] += before.at[k];
     }
-    store(sum, to + i * width);
+    store(sum, out);
   }
 }
 
 template <class From, class To>
-cudaError_t launch_add(const From* from, std::size_t n, bool accumulate, To* to, cudaStream_t stream) {
-  const std::size_t groups = n / width;
+cudaError_t launch_add(const From* from, std::size_t groups, std::size_t row_groups, std::size_t row, bool accumulate,
+                       To* to, cudaStream_t stream) {
   if (groups == 0) return cudaSuccess;
   const std::size_t blocks = std::min<std::size_t>((groups + threads - 1) / threads, 132 * 16);  // a full H100
-  add<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(from, groups, accumulate, to);
+  add<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(from, groups, row_groups, row, accumulate, to);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t write_sequences(const SequenceList& list, int first, int count, std::int64_t query_row,
-                            std::int64_t key_row, const SequenceTable& table, cudaStream_t stream) {
+cudaError_t write_sequences(const SequenceList& list, int first, int count, const SequenceRows& rows,
+                            const SequenceTable& table, cudaStream_t stream) {
   static_assert(SequenceList::capacity <= threads);
-  write_entries<<<1, threads, 0, stream>>>(list, first, count, query_row, key_row, table);
+  write_entries<<<1, threads, 0, stream>>>(list, first, count, rows, table);
   return cudaGetLastError();
 }
 
 cudaError_t add_to_sums(const std::uint16_t* x, std::size_t n, float* sums, cudaStream_t stream) {
-  return launch_add(x, n, true, sums, stream);
+  return launch_add(x, n / width, n, 0, true, sums, stream);
 }
 
-cudaError_t round_sums(const float* sums, std::size_t n, bool accumulate, std::uint16_t* x, cudaStream_t stream) {
-  return launch_add(sums, n, accumulate, x, stream);
+cudaError_t round_sums(const float* sums, std::size_t rows, int row_width, std::size_t row, bool accumulate,
+                       std::uint16_t* x, cudaStream_t stream) {
+  const auto row_groups = static_cast<std::size_t>(row_width / width);
+  return launch_add(sums, rows * row_groups, row_groups, row, accumulate, x, stream);
 }
 
 cudaError_t add_gradients(const std::uint16_t* y, std::size_t n, std::uint16_t* x, cudaStream_t stream) {
-  return launch_add(y, n, true, x, stream);
+  return launch_add(y, n / width, n, 0, true, x, stream);
 }
 
 }  // namespace deltapipe::kernels::cuda

@@ -102,9 +102,9 @@ struct DevicePass {
   }
 };
 
-// cuDNN rounds probabilities and dS to bf16 before the second product: 2^-9 / sqrt(3) = 1.1e-3 each in the root mean
-// square, as the results' own rounding; gradients also take in the error of the rounded o, and differences of numbers
-// larger than they are.
+// cuDNN rounds probabilities and dS to bf16 before the second product, and results once more: 1.7e-3 each in the root
+// mean square, which sums of many terms partly average out. Gradients also take in the error of the rounded o, and are
+// differences of numbers larger than they are.
 constexpr double tolerance_of_o = 4e-3;
 constexpr double tolerance_of_gradients = 1e-2;
 // Scores are summed in fp32, exp and log approximated to about 1e-6; |lse| is at most about 10.
