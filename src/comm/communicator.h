@@ -179,6 +179,9 @@ class SingleRank final : public Communicator {
   Pending do_reduce_scatter(const Stream&, const Tensor&, const Tensor&, const Tensor&, Purpose) override { return {}; }
   void do_broadcast(const Stream&, const Tensor&, int, Purpose) override {}
   void do_barrier(const Stream&, Purpose) override {}
+  bool can_sum(DType dtype) const override {  // what any other communicator can
+    return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16;
+  }
   std::int64_t all_reduce_scratch(std::int64_t, DType) const override { return 0; }
   std::int64_t reduce_scatter_scratch(std::int64_t, DType) const override { return 0; }
 };

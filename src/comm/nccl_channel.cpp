@@ -151,13 +151,19 @@ void Channel::settle(const Description& description) {
   const auto deadline = Clock::now() + std::chrono::duration<double>(description.timeout_s);
   for (ncclResult_t now = state(); now != ncclSuccess; now = state()) {
     check();
-    nccl::check(now, description.operation.c_str(), axis_);
+    throw_if_bad(now, description);
     if (Clock::now() >= deadline) {
       fail_with(description.silence());
       check();
     }
     std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
+}
+
+void Channel::throw_if_bad(ncclResult_t result, const Description& description) {
+  if (result == ncclSuccess || result == ncclInProgress) return;
+  fail_with(fmt::format("{}: NCCL: {}", description.operation, ncclGetErrorString(result)));
+  check();
 }
 
 void Channel::watch(const std::shared_ptr<Work>& work) { Watchdog::instance().watch(this, work); }

@@ -81,16 +81,19 @@ class Channel {
     const Stream stream = stream_.get();
     input_ready.make_wait(stream);
     work->input_ready_.record(stream);
+    ncclResult_t result = ncclSuccess;
     {
       const std::lock_guard lock(mutex_);
       if (!aborted_) {
-        nccl::check(ncclGroupStart(), "starting a group", axis_);
-        const ncclResult_t result = call(comm_, static_cast<cudaStream_t>(stream.native()));
-        const ncclResult_t group = ncclGroupEnd();
-        nccl::check(result, work->description_.operation.c_str(), axis_);
-        nccl::check(group, work->description_.operation.c_str(), axis_);
+        result = ncclGroupStart();
+        if (result == ncclSuccess) {
+          result = call(comm_, static_cast<cudaStream_t>(stream.native()));
+          const ncclResult_t group = ncclGroupEnd();
+          if (result == ncclSuccess || result == ncclInProgress) result = group;
+        }
       }
     }
+    throw_if_bad(result, work->description_);
     settle(work->description_);
     work->ended_.record(stream);
     watch(work);
@@ -101,6 +104,8 @@ class Channel {
 
   /// Waits until NCCL has queued what it was given: at once, but for the first messages between two ranks.
   void settle(const Description& description);
+  /// An error of NCCL fails the channel for good.
+  void throw_if_bad(ncclResult_t result, const Description& description);
   void watch(const std::shared_ptr<Work>& work);
   ncclResult_t state();
   void fail_with(const std::string& message) noexcept;
