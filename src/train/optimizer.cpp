@@ -59,7 +59,7 @@ void Optimizer::capture_weights(const Stream& stream) {
 Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
   kernels::fill_zero(c.stream, norm_);
   for (const State& s : state_) {
-    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.gradient(), norm_);
+    if (s.parameter->trainable) kernels::sum_of_squares(c.stream, s.gradient(), norm_, c.workspace);
   }
   Result result;
   result.gradient_norm = c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]);
