@@ -27,7 +27,6 @@ constexpr int most_slots = 13;  // packs of a thread and model: 16 kB of shared 
 constexpr int in_flight = 4;    // slots
 
 constexpr float log2_e = 1.4426950408889634f;
-constexpr double ln_2 = 0.6931471805599453;
 
 /// Places of a row's sums, as LossSum in kernels/distill_loss.h.
 enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
@@ -426,8 +425,9 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(threads
   } else {
     const Normaliser& teacher = shared.normaliser[1];
     const float offset_t = teacher.offset, factor_s = student.factor, factor_t = teacher.factor;
-    const float shift = static_cast<float>((teacher.log2_t - student.log2_t) * ln_2);
     const float inverse_t = c.inverse_temperature;
+    const auto shift = static_cast<float>((teacher.log2_t - student.log2_t) / static_cast<double>(e.c) *
+                                          static_cast<double>(inverse_t));
     if constexpr (!more) {
       // Sums of kl / factor_t, so that the factors are outside the loop.
       const float ratio = factor_s / factor_t, kl_s = c.kl * factor_s, kl_t = c.kl * factor_t;
@@ -509,6 +509,8 @@ __global__ void __cluster_dims__(cluster_blocks, 1, 1) __launch_bounds__(threads
   }
 
   if (block == 0 && thread == 0) {
+    // From powers of two back with the very constant that led there, so that its rounding cancels.
+    const double ln_2 = 1 / static_cast<double>(log2_e);
     const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
     const double bad_label = label < n ? 0 : nan("");
     out[ce] = student.log2_1 * ln_2 - label_logit[0] + bad_label;

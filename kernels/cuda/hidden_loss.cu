@@ -10,7 +10,7 @@ constexpr double smallest_norm = 1e-8;  // as in torch
 enum RowSum : int { ss, tt, st, difference, growth, row_sums };  // difference = |s - t|^2, growth = (s - t) . (s + t)
 
 struct RowFactors {
-  float difference, student;  // ds += difference * (s - t) + student * s
+  float difference, student, teacher;  // ds += difference * (s - t) + student * s + teacher * t
 };
 
 /// Adds a row's losses to `total`; from float sums, without cancellation where s is close to t:
@@ -26,16 +26,17 @@ __device__ RowFactors finish_row(const float (&v)[row_sums], double d, double co
                                   : (static_cast<double>(v[difference]) - longer * longer) * 0.5 * across;
   total[0] += distance;
   total[1] += static_cast<double>(v[difference]) / d;
-  // d(1 - cos) / ds = across (s - t) + (cos / |s|^2 - across) s, without cos / |s|^2 where |s| is clamped;
-  // cos / |s|^2 = across (|t| / |s|) cos, so the bracket is across ((1 - longer / |s|) (1 - distance) - 1).
-  double along = -across;
-  if (!clamped) {
-    const double shorter = -longer / norm_s;
-    along = across * (shorter - distance - shorter * distance);
-  } else if (norm_s > smallest_norm) {
-    along = (1 - distance) / static_cast<double>(v[ss]) - across;
+  const double mse = 2 * mse_scale / d;
+  if (clamped) {
+    // d(1 - cos) / ds = cos / |s|^2 s - across t, without the first term where |s| is clamped.
+    const double along = norm_s > smallest_norm ? (1 - distance) / static_cast<double>(v[ss]) : 0.0;
+    return {static_cast<float>(mse), static_cast<float>(cosine_scale * along),
+            static_cast<float>(-cosine_scale * across)};
   }
-  return {static_cast<float>(cosine_scale * across + 2 * mse_scale / d), static_cast<float>(cosine_scale * along)};
+  // The same as across (s - t) + (cos / |s|^2 - across) s; cos / |s|^2 = across (|t| / |s|) cos, so the bracket is
+  // across ((1 - longer / |s|) (1 - distance) - 1).
+  const double shorter = -longer / norm_s, along = across * (shorter - distance - shorter * distance);
+  return {static_cast<float>(cosine_scale * across + mse), static_cast<float>(cosine_scale * along), 0.0f};
 }
 
 template <class T, class G, int packs, bool aligned>
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         t[r][k].get(b);
         old[r][k].get(c);
 #pragma unroll
-        for (int j = 0; j < width; ++j) c[j] += f.difference * (a[j] - b[j]) + f.student * a[j];
+        for (int j = 0; j < width; ++j) c[j] += f.difference * (a[j] - b[j]) + f.student * a[j] + f.teacher * b[j];
         old[r][k].set(c);
         old[r][k].template store<aligned>(d_student + (first + r) * d + place.at(k), place.count(k));
       }

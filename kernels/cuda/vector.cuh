@@ -171,7 +171,7 @@ __device__ __forceinline__ void block_sum(A (&v)[n], A* shared) {
 }
 
 /// e^x as a model of type T deserves it: within 2 ulp of float for float, for bfloat16 the hardware's power of two
-/// (relative error below 2^-21 for |x| < 10, far under a bfloat16's 2^-9).
+/// (relative error below 2^-21 for |x| < 10, far under a bfloat16's 2^-8).
 template <class T>
 __device__ __forceinline__ float exponential(float x) {
   if constexpr (std::is_same_v<T, float>) {

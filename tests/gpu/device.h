@@ -22,6 +22,10 @@ inline void check_cuda(cudaError_t status) {
 /// Rounds every value to `dtype` (float32 or bfloat16), so that host and device start from the same numbers.
 Owned<double> round_to(DType dtype, const Owned<double>& values);
 
+/// What a result may differ by, relatively: half the spacing of a bfloat16, 2^-8, which no rounded element exceeds; of
+/// a float, its 2^-24 with room for the float sums and exponentials behind it, which bfloat16 results hide.
+inline double rounding_error(DType dtype) { return dtype == DType::bf16 ? 0x1p-8 : 2e-6; }
+
 /// A tensor on device 0 that owns its memory. New ones have every bit set: NaN in every floating type, -1 in int32;
 /// with DELTAPIPE_TEST_UNPOISONED in the environment they are left as they come, for compute-sanitizer's initcheck.
 class OnDevice {
@@ -64,10 +68,8 @@ class CudaTest : public ::testing::TestWithParam<DType> {
   OnDevice upload(const Owned<double>& values, std::int64_t shift = 0) const { return {dtype(), values, shift}; }
   OnDevice poisoned(Shape shape, std::int64_t shift = 0) const { return {dtype(), shape, shift}; }
 
-  /// Relative RMS error that rounding a result to dtype() explains, `roundings` of them: a bfloat16's is at most 2^-9
-  /// and 2^-9 / sqrt(3) = 1.13e-3 in the mean square; a float's 2^-24, with room for the float sums and exponentials
-  /// behind it, which bfloat16 results hide.
-  double tolerance(double roundings = 1) const { return dtype() == DType::bf16 ? 1.2e-3 * roundings : 2e-6; }
+  /// Relative RMS error of results in dtype() that `roundings` of them explain.
+  double tolerance(double roundings = 1) const { return roundings * rounding_error(dtype()); }
 
   RandomStream random_{0, 0};
 

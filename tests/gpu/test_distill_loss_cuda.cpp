@@ -49,14 +49,20 @@ class DistillLossCuda : public testing::CudaTest {
     const Tensor gpu_teacher = c.with_teacher ? gt.tensor() : Tensor();
     kernels::distill_loss(stream(), c.weights, gs, gpu_teacher, gl, scale, true, gsums, workspace());
     // Exponentials and terms in float: a few 1e-7 each, up to 1e-6 for probabilities of 2^-20 and less; logarithms and
-    // sums in double. Counts are exact.
+    // sums in double. A row's logarithm of a sum of exponentials keeps 1e-7 absolutely too. Counts are exact.
     const Owned<double> got = gsums.host();
     for (int k = 0; k < LossSum::count; ++k) {
       const bool counts = k == LossSum::top1_agree || k == LossSum::student_correct || k == LossSum::teacher_correct ||
                           k == LossSum::tokens;
-      EXPECT_NEAR(got[k], sums[k], counts ? 0 : 1e-5 * std::abs(sums[k] - 100) + 1e-12) << "sum " << k;
+      const double floor = k == LossSum::ce || k == LossSum::teacher_ce ? 2e-7 * static_cast<double>(c.rows) : 1e-12;
+      EXPECT_NEAR(got[k], sums[k], counts ? 0 : 1e-5 * std::abs(sums[k] - 100) + floor) << "sum " << k;
     }
-    EXPECT_LT(relative_rms(gs.host(), gradient), dtype() == DType::bf16 ? 1.2e-3 : 1e-5);
+    const Owned<double> got_gradient = gs.host();
+    if (c.classes > 1) {
+      EXPECT_LT(relative_rms(got_gradient, gradient), std::max(tolerance(), 1e-5));
+    } else {
+      for (const double g : got_gradient) EXPECT_NEAR(g, 0, 1e-6);  // of one class, a difference of equal numbers
+    }
 
     kernels::distill_loss(stream(), c.weights, again, gpu_teacher, gl, scale, true, again_sums, workspace());
     expect_same_bits(again, gs, "gradient");
@@ -118,7 +124,9 @@ TEST_P(DistillLossCuda, RealVocabulary) {
 // Distributions so close that KL is of second order in their distance.
 TEST_P(DistillLossCuda, CloseDistributions) {
   expect_cpu({.rows = 8, .classes = 4000, .weights = recipe, .distance = 0.02});
-  expect_cpu({.rows = 8, .classes = 4000, .weights = all_weights(2), .distance = 0.02});
+  DistillWeights smooth = all_weights(2);
+  smooth.tvd = 0;  // its gradient jumps where p = q, which float probabilities meet elsewhere
+  expect_cpu({.rows = 8, .classes = 4000, .weights = smooth, .distance = 0.02});
 }
 
 TEST_P(DistillLossCuda, EqualLogitsGiveTheLowestPlace) {
