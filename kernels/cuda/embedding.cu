@@ -6,35 +6,36 @@
 namespace deltapipe::kernels::cuda {
 namespace {
 
-constexpr int gather_threads = 256;
-constexpr int gather_packs = 2;
+constexpr int gather_warps = 8;
+constexpr int gather_packs = 5;  // that a thread has in flight
 
-/// A row's neighbours lie in neighbouring threads: index i counts packs of the whole output.
+/// One warp a token.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(gather_threads)
+__global__ void __launch_bounds__(32 * gather_warps)
     gather(const std::int32_t* tokens, const T* table, T* out, std::int64_t length, std::int64_t vocabulary,
-           std::int64_t d, std::int64_t packs_each) {
+           std::int64_t d) {
   constexpr int width = pack_width<T>;
-  Pack<T, width> v[gather_packs];
-#pragma unroll
-  for (int stage = 0; stage < 2; ++stage) {
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * gather_warps + threadIdx.y;
+  if (t >= length) return;
+  const std::int64_t token = tokens[t];
+  const bool known = token >= 0 && token < vocabulary;
+  const T* row = table + (known ? token : 0) * d;
+  for (std::int64_t first = threadIdx.x * width; first < d; first += gather_packs * 32 * width) {
+    Pack<T, width> v[gather_packs];
 #pragma unroll
     for (int u = 0; u < gather_packs; ++u) {
-      const std::int64_t i = (static_cast<std::int64_t>(blockIdx.x) * gather_packs + u) * gather_threads + threadIdx.x;
-      const std::int64_t t = i / packs_each, at = (i - t * packs_each) * width;
-      if (t >= length) continue;
-      const int count = d - at < width ? static_cast<int>(d - at) : width;
-      if (stage == 1) {
-        v[u].template store<aligned>(out + t * d + at, count);
-        continue;
-      }
-      const std::int64_t token = tokens[t];
-      if (token >= 0 && token < vocabulary) {
-        v[u].template load<aligned>(table + token * d + at, count);
-      } else {
+      const std::int64_t at = first + u * 32 * width;
+      if (at < d) v[u].template load<aligned>(row + at, d - at < width ? static_cast<int>(d - at) : width);
+    }
+#pragma unroll
+    for (int u = 0; u < gather_packs; ++u) {
+      const std::int64_t at = first + u * 32 * width;
+      if (at >= d) break;
+      if (!known) {
 #pragma unroll
         for (std::uint32_t& w : v[u].words) w = 0xffffffffu;  // NaN: a token outside the table is seen
       }
+      v[u].template store<aligned>(out + t * d + at, d - at < width ? static_cast<int>(d - at) : width);
     }
   }
 }
@@ -139,13 +140,12 @@ template <class T>
 cudaError_t embedding_forward(const std::int32_t* tokens, const T* table, T* out, std::int64_t length,
                               std::int64_t vocabulary, std::int64_t d, cudaStream_t stream) {
   if (length == 0 || d == 0) return cudaSuccess;
-  const std::int64_t packs_each = (d + pack_width<T> - 1) / pack_width<T>;
-  const std::int64_t block = gather_threads * gather_packs;
-  const auto blocks = static_cast<unsigned>((length * packs_each + block - 1) / block);
+  const auto blocks = static_cast<unsigned>((length + gather_warps - 1) / gather_warps);
+  const dim3 threads(32, gather_warps);
   if (d % pack_width<T> == 0 && all_aligned(table, out)) {
-    gather<T, true><<<blocks, gather_threads, 0, stream>>>(tokens, table, out, length, vocabulary, d, packs_each);
+    gather<T, true><<<blocks, threads, 0, stream>>>(tokens, table, out, length, vocabulary, d);
   } else {
-    gather<T, false><<<blocks, gather_threads, 0, stream>>>(tokens, table, out, length, vocabulary, d, packs_each);
+    gather<T, false><<<blocks, threads, 0, stream>>>(tokens, table, out, length, vocabulary, d);
   }
   return cudaGetLastError();
 }

@@ -87,7 +87,9 @@ __global__ void __launch_bounds__(threads) forward(const T* x, const T* gate, co
 // dgate = dn * n * (1 - s), dw = sum over rows of dy * n * s. A block owns consecutive rows and one row of partial
 // sums.
 template <class T, int packs, bool aligned>
-__global__ void __launch_bounds__(threads, packs == 1 ? 3 : packs == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads, packs == 1   ? 3
+                                           : packs == 2 ? 2
+                                                        : 1)
     backward(const T* dy, const T* x, const T* gate, const T* w, const float* rstd, T* dx, T* dgate, float* partials,
              std::int64_t rows, int channels, int lanes, std::int64_t rows_each) {
   constexpr int width = pack_width<T>, at_once = rows_at_once<packs>;
