@@ -41,6 +41,14 @@ struct Record {
   static constexpr int bytes = state_bytes + output_bytes;
 };
 
+/// Multiprocessors of the current device.
+inline int processors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // ---------------------------------------------------------------- instructions
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
@@ -153,6 +161,20 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes) {
 __device__ __forceinline__ void pair_sync(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
 __device__ __forceinline__ void pair_arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
 
+/// Lets the next kernel of the stream, if it was launched to run beside this one, start.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+/// Waits for the end of the kernel that this one runs beside, if any: who follows in the stream counts on both.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+/// Registers a thread, for a group of four warps: more, or fewer, than the kernel started with.
+template <bool more, int count>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (more) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+  }
+}
+
 // ---------------------------------------------------------------- tiles
 
 /// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide.
@@ -193,18 +215,18 @@ template <bool bounded>
 struct Gate {
   float rate, bound;
 
-  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the
-  /// first.
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the third term is 3e-7 of the first.
   __device__ __forceinline__ static float log2_1p(float y) {
-    const float series = log2e * y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f));
+    const float series = y * (log2e - 0.5f * log2e * y);
     return y < 1e-3f ? series : log2_fast(1.0f + y);
   }
-  /// g in log2 units.
-  __device__ __forceinline__ float log2_decay(float x) const {
+  /// g in log2 units is factor() times unit(z), z = x log2 e.
+  __device__ __forceinline__ float factor() const { return bounded ? bound * log2e : -rate; }
+  __device__ __forceinline__ float unit(float z) const {
     if constexpr (bounded) {
-      return bound * log2e * sigmoid(rate * x);
+      return reciprocal(1.0f + exp2_fast(-rate * z));
     } else {
-      return -rate * (fmaxf(x, 0.0f) * log2e + log2_1p(exp2_fast(-fabsf(x) * log2e)));
+      return fmaxf(z, 0.0f) + log2_1p(exp2_fast(-fabsf(z)));
     }
   }
   /// df from dg, in natural units; adds this element's part of da_log.
@@ -306,37 +328,45 @@ __device__ __forceinline__ void sum_squares(Tokens& s, const std::uint32_t (&q)[
   s.partial[own.block][own.pair / 32][lane] = x[0];
 }
 
-/// g, in log2 units, of the thread's tokens; 0 beyond the segment's end.
-template <int K, bool bounded>
-__device__ __forceinline__ void gate_values(const std::uint32_t (&f)[16], const Gate<bounded>& gate, float2 bias,
-                                            int live, float (&g)[16][2]) {
+/// c (see above) of the thread's channels and block, and g of the block's first token: minus infinity where a document
+/// starts. whole: no document starts inside the block, which lies inside the segment (g is 0 beyond its end).
+template <bool whole, bool bounded>
+__device__ __forceinline__ void cumulate_as(const std::uint32_t (&f)[16], const Gate<bounded>& gate, float2 bias,
+                                            unsigned starts, int live, float (&c)[16][2], float (&g_first)[2]) {
+  const float factor = gate.factor(), b0 = bias.x * log2e, b1 = bias.y * log2e;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float g0 = gate.log2_decay(low(f[i]) + bias.x), g1 = gate.log2_decay(high(f[i]) + bias.y);
-    g[i][0] = i < live ? g0 : 0.0f;
-    g[i][1] = i < live ? g1 : 0.0f;
+    float unit0 = gate.unit(fmaf(low(f[i]), log2e, b0)), unit1 = gate.unit(fmaf(high(f[i]), log2e, b1));
+    if (!whole && i >= live) unit0 = unit1 = 0.0f;
+    if (i == 0) {
+      g_first[0] = starts & 1u ? -INFINITY : factor * unit0;
+      g_first[1] = starts & 1u ? -INFINITY : factor * unit1;
+      c[0][0] = c[0][1] = 0.0f;
+    } else {
+      const bool begins = !whole && (starts >> i & 1u);
+      c[i][0] = begins ? 0.0f : fmaf(factor, unit0, c[i - 1][0]);
+      c[i][1] = begins ? 0.0f : fmaf(factor, unit1, c[i - 1][1]);
+    }
   }
 }
-/// c (see above) of the thread's channels in place of g, and g of the block's first token: minus infinity where a
-/// document starts.
-template <int K>
-__device__ __forceinline__ void cumulate(const Problem& p, const Place& at, const Tokens& t, const Share<K>& own,
-                                         const std::uint32_t (&f)[16], float (&c)[16][2], float (&g_first)[2]) {
-  const float rate = expf(p.a_log[at.head]);
-  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
-  const int live = at.tokens - own.block * 16;
-  if (p.gate_lower_bound == 0.0f) {
-    gate_values<K>(f, Gate<false>{rate, 0.0f}, bias, live, c);
+/// rate: exp(a_log); bias: dt_bias of the thread's channels; live: tokens of the block inside the segment.
+__device__ __forceinline__ void cumulate(const std::uint32_t (&f)[16], float bound, float rate, float2 bias,
+                                         unsigned starts, int live, float (&c)[16][2], float (&g_first)[2]) {
+  const bool whole = starts <= 1u && live >= 16;
+  if (bound == 0.0f) {
+    const Gate<false> gate{rate, 0.0f};
+    if (whole) {
+      cumulate_as<true>(f, gate, bias, starts, live, c, g_first);
+    } else {
+      cumulate_as<false>(f, gate, bias, starts, live, c, g_first);
+    }
   } else {
-    gate_values<K>(f, Gate<true>{rate, p.gate_lower_bound}, bias, live, c);
-  }
-  const unsigned starts = t.starts(own.block);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    g_first[e] = starts & 1u ? -INFINITY : c[0][e];
-    c[0][e] = 0.0f;
-#pragma unroll
-    for (int i = 1; i < 16; ++i) c[i][e] = starts >> i & 1u ? 0.0f : c[i - 1][e] + c[i][e];
+    const Gate<true> gate{rate, bound};
+    if (whole) {
+      cumulate_as<true>(f, gate, bias, starts, live, c, g_first);
+    } else {
+      cumulate_as<false>(f, gate, bias, starts, live, c, g_first);
+    }
   }
 }
 

@@ -66,12 +66,13 @@ __device__ __forceinline__ void build_operands(const Problem& p, const Place& at
   group_sync<2 * K>(1);
   const int first = own.block * 16, x = 2 * own.pair;
   float c[16][2], g_first[2];
-  cumulate<K>(p, at, t, own, f, c, g_first);
+  const unsigned starts = t.starts(own.block);
+  cumulate(f, p.gate_lower_bound, expf(p.a_log[at.head]),
+           reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair], starts, at.tokens - first, c, g_first);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     *reinterpret_cast<float2*>(s.c + (first + i) * Shared<K>::row + x) = {c[i][0], c[i][1]};
   }
-  const unsigned starts = t.starts(own.block);
   const bool whole = reached(starts, 15);
   const float total0 = whole ? c[15][0] : -INFINITY, total1 = whole ? c[15][1] : -INFINITY;
   if (total0 < -range_limit || total1 < -range_limit) t.exact[own.block] = 1;

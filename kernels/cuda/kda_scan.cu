@@ -1,33 +1,38 @@
 // The scans over chunks. The V columns of a state are independent given a chunk's record, so a block of threads owns
-// 32 columns of one head and walks all its chunks. A "chain" warp holds 16 columns of the state, transposed, as tensor
-// core accumulators: every product's result is, repacked, the left operand of the next, and nothing but the records
-// passes through shared memory. A second warp a chain does what is not on the chain: outputs or stores forward, the
-// products of d_o in reverse. Two producer threads keep the records coming by bulk copies.
+// 32 or 64 columns of one head and walks all its chunks. A "chain" warp holds 16 columns of the state, transposed, as
+// tensor core accumulators: every product's result is, repacked, the left operand of the next, and nothing but the
+// records passes through shared memory. A second warp a chain does what is not on the chain: outputs or stores forward,
+// the products of d_o in reverse. Two producer threads keep the records coming by bulk copies.
+//
+// Two chains a block of threads spread few heads over many multiprocessors; four read a record half as often.
 #include "kernels/cuda/kda_common.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-constexpr int chains = 2;                       // chain warps a block of threads
-constexpr int threads = (2 * chains + 2) * 32;  // chains, helpers, producers
-constexpr int slice = 16;                       // columns a chain
+constexpr int slice = 16;  // columns a chain
 constexpr int slice_bytes = chunk_tokens * slice * 2;
 constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
 
-template <int K>
+enum class Mode { outputs, states, map };
+
+template <int K, int chain_count, Mode mode>
 struct ForwardShared {
-  static constexpr int state_stages = 3, output_stages = K == 128 ? 3 : 4;
+  static constexpr int chains = chain_count;
+  static constexpr bool outputs = mode == Mode::outputs;
+  static constexpr int state_stages = 3, output_stages = !outputs ? 1 : K == 64 ? 4 : chains == 2 ? 3 : 2;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
-  std::uint8_t output[output_stages][Record<K>::output_bytes];
+  std::uint8_t output[output_stages][outputs ? Record<K>::output_bytes : 16];
   std::uint8_t values[chains][values_ahead][slice_bytes];
   uint4 handed[chains][K / 16 + 4][32];  // operands of the state and of v_new
   std::uint64_t state_full[state_stages], state_empty[state_stages];
   std::uint64_t output_full[output_stages], output_empty[output_stages];
 };
 
-template <int K>
+template <int K, int chain_count>
 struct ReverseShared {
-  static constexpr int state_stages = 3, output_stages = 2;
+  static constexpr int chains = chain_count;
+  static constexpr int state_stages = K == 64 || chains == 2 ? 3 : 2, output_stages = 2;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
   std::uint8_t output[output_stages][Record<K>::output_bytes];
   std::uint8_t values[chains][values_ahead][slice_bytes];
@@ -53,11 +58,11 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::state_stages; ++i) {
       barrier_init(&s.state_full[i], 1);
-      barrier_init(&s.state_empty[i], chains);
+      barrier_init(&s.state_empty[i], Shared::chains);
     }
     for (int i = 0; i < Shared::output_stages; ++i) {
       barrier_init(&s.output_full[i], 1);
-      barrier_init(&s.output_empty[i], chains);
+      barrier_init(&s.output_empty[i], Shared::chains);
     }
     barrier_fence_init();
   }
@@ -177,12 +182,14 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-enum class Mode { outputs, states, map };
+template <int chains>
+constexpr int forward_threads = (2 * chains + 2) * 32;  // chains, helpers, producers
 
-template <int K, Mode mode>
-__global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, const ForwardScan io, int chunks) {
+template <int K, int chains, Mode mode>
+__global__ void __launch_bounds__(forward_threads<chains>, 1)
+    forward_kernel(const Problem p, const ForwardScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using Shared = ForwardShared<K>;
+  using Shared = ForwardShared<K, chains, mode>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int columns = mode == Mode::map ? 2 * K : K;  // a map's columns ride behind the state's
@@ -200,7 +207,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
     if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
                                                             Record<K>::bytes, chunks);
-    } else if (mode == Mode::outputs) {
+    } else if constexpr (mode == Mode::outputs) {
       produce<Shared::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
     }
@@ -376,12 +383,18 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
   } else if (io.state_out != nullptr) {
     store_state<K>(state, io.state_out + state_at, K, first, lane);
   }
+  wait_for_previous_kernel();
 }
 
-template <int K>
-__global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, const ReverseScan io, int chunks) {
+// Four chains: three groups of four warps, which divide the registers unevenly.
+template <int chains>
+constexpr int reverse_threads = (2 * chains + (chains == 4 ? 4 : 2)) * 32;
+
+template <int K, int chains>
+__global__ void __launch_bounds__(reverse_threads<chains>, 1)
+    reverse_kernel(const Problem p, const ReverseScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using Shared = ReverseShared<K>;
+  using Shared = ReverseShared<K, chains>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   constexpr int slices = K / (slice * chains);
@@ -390,10 +403,12 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
                                     (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
+  start_next_kernel();
   init_barriers(s);
 
   if (warp >= 2 * chains) {
-    if (lane != 0) return;
+    if constexpr (chains == 4) set_registers<false, 40>();
+    if (lane != 0 || warp > 2 * chains + 1) return;
     if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
                                                             chunks);
@@ -404,6 +419,7 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
     return;
   }
   if (warp >= chains) {  // helper: what d_o contributes
+    if constexpr (chains == 4) set_registers<true, 208>();
     const std::size_t row = static_cast<std::size_t>(p.heads) * K;
     const std::uint16_t* d_o =
         io.d_o + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
@@ -452,6 +468,7 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
   }
 
   // chain
+  if constexpr (chains == 4) set_registers<true, 240>();
   float state[K / 8][4];
   const std::size_t state_at = static_cast<std::size_t>(head) * K * K;
   if (io.dstate_out != nullptr) {
@@ -524,22 +541,54 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
   if (io.dstate_in != nullptr) store_state<K>(state, io.dstate_in + state_at, K, first, lane);
 }
 
-template <class Kernel, class... Args>
-cudaError_t launch(Kernel kernel, int blocks, std::size_t shared, cudaStream_t stream, Args... args) {
+/// beside: the kernel may run while the one before it does, which has called start_next_kernel.
+template <class Kernel, class Io>
+cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
+                   const Problem& p, const Io& io) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = beside ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+}
+
+template <int K, int chains, Mode mode>
+cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
+  const int blocks = p.segments * p.heads * (mode == Mode::map ? 2 * K : K) / (slice * chains);
+  return launch(forward_kernel<K, chains, mode>, blocks, forward_threads<chains>,
+                sizeof(ForwardShared<K, chains, mode>), s.beside, stream, p, s);
 }
 
 template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  const int blocks = p.segments * p.heads * K / (slice * chains);
-  constexpr std::size_t shared = sizeof(ForwardShared<K>);
-  if (s.m != nullptr) return launch(forward_kernel<K, Mode::map>, 2 * blocks, shared, stream, p, s, p.chunks());
-  if (s.states != nullptr) return launch(forward_kernel<K, Mode::states>, blocks, shared, stream, p, s, p.chunks());
-  return launch(forward_kernel<K, Mode::outputs>, blocks, shared, stream, p, s, p.chunks());
+  const int pairs = p.segments * p.heads * K / (2 * slice), all = processors();
+  if (s.m != nullptr) return forward_of<K, 2, Mode::map>(p, s, stream);
+  if (s.states != nullptr) {
+    return (s.beside ? 2 : 1) * pairs <= all ? forward_of<K, 2, Mode::states>(p, s, stream)
+                                             : forward_of<K, 4, Mode::states>(p, s, stream);
+  }
+  return pairs <= all ? forward_of<K, 2, Mode::outputs>(p, s, stream) : forward_of<K, 4, Mode::outputs>(p, s, stream);
+}
+
+template <int K, int chains>
+cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
+  return launch(reverse_kernel<K, chains>, p.segments * p.heads * K / (slice * chains), reverse_threads<chains>,
+                sizeof(ReverseShared<K, chains>), false, stream, p, s);
+}
+
+template <int K>
+cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
+  return p.segments * p.heads * K / (2 * slice) <= processors() ? reverse_of<K, 2>(p, s, stream)
+                                                                : reverse_of<K, 4>(p, s, stream);
 }
 
 }  // namespace
@@ -549,10 +598,7 @@ cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t st
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (p.head_dim == 128) {
-    return launch(reverse_kernel<128>, p.segments * p.heads * 4, sizeof(ReverseShared<128>), stream, p, s, p.chunks());
-  }
-  return launch(reverse_kernel<64>, p.segments * p.heads * 2, sizeof(ReverseShared<64>), stream, p, s, p.chunks());
+  return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
 }
 
 }  // namespace deltapipe::kernels::cuda::kda
