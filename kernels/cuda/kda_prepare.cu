@@ -40,76 +40,16 @@ struct Shared {
   };
   float g_first[4 * K];
   float total[4 * K];        // log2 of the decay from a block's first token (exclusive) to its last
-  float4 row[chunk_tokens];  // scale over the norm of q, -beta over the norm of k, 1 over the norm of k
-  float beta[chunk_tokens];
-  unsigned begins[2];  // a bit a token: it starts a document
-  int exact[4];        // the block needs the exact path
-};
-
-/// A chunk and what a thread keeps of it in registers while its tiles are on their way.
-struct Ahead {
-  float rate;
-  float2 bias;
-  std::uint16_t b;  // of token `thread`
-  bool begins;
+  Tokens tokens;
 };
 
 template <int K>
 __device__ __forceinline__ void fetch(const Problem& p, const Place& at, Shared<K>& s, int thread, Ahead& x) {
-  constexpr int pieces = K / 8;  // a row; 16 rows a step
-  const int r = thread / pieces, piece = thread % pieces;
-  const std::size_t step = static_cast<std::size_t>(p.heads) * K * 16;
-  const std::size_t from = (at.first + static_cast<std::size_t>(r) * p.heads) * K + piece * 8;
-  const int to = piece_offset<K>(r, piece);
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const bool live = r + 16 * n < at.tokens;
-    const std::size_t source = live ? from + n * step : 0;
-    copy_async_16(shared_address(s.q) + to + n * 32 * K, p.q + source, live);
-    copy_async_16(shared_address(s.k) + to + n * 32 * K, p.k + source, live);
-    copy_async_16(shared_address(s.f) + to + n * 32 * K, p.f + source, live);
-  }
+  fetch_tile<K, 2 * K>(s.q, p.q, p, at, thread);
+  fetch_tile<K, 2 * K>(s.k, p.k, p, at, thread);
+  fetch_tile<K, 2 * K>(s.f, p.f, p, at, thread);
   copy_async_commit();
-  x.rate = p.a_log[at.head];
-  x.bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + thread % (K / 2)];
-  x.b = 0;
-  x.begins = false;
-  if (thread < at.tokens) {
-    const int token = at.chunk * chunk_tokens + thread;
-    x.b = p.b[at.first + static_cast<std::size_t>(thread) * p.heads];
-    x.begins = p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token;
-  }
-}
-
-/// Per-token values; after the tiles have arrived. Sums of squares are the diagonals of a block's products with itself.
-template <int K>
-__device__ __forceinline__ void find_norms(const Problem& p, Shared<K>& s, int warp, int lane) {
-  for (int task = warp; task < 8; task += K / 16) {
-    const int block = task % 4;
-    const bool is_q = task < 4;
-    float upper[4] = {}, lower[4] = {};
-    const std::uint32_t tile = shared_address(is_q ? s.q : s.k);
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      std::uint32_t a[4];
-      load_matrices(a, tile + block_offset<K>(16 * block, 16 * n, lane));
-      mma(upper, a, a[0], a[2]);
-      mma(lower, a, a[1], a[3]);
-    }
-    if ((lane & 3) != lane >> 3) continue;
-    const bool odd = (lane >> 2 & 1) != 0;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int token = 16 * block + lane / 4 + 8 * h;
-      const float r = rsqrtf((h == 0 ? (odd ? upper[1] : upper[0]) : (odd ? lower[3] : lower[2])) + 1e-6f);
-      if (is_q) {
-        s.row[token].x = p.scale * r;
-      } else {
-        s.row[token].y = -s.beta[token] * r;
-        s.row[token].z = r;
-      }
-    }
-  }
+  load_ahead<K>(p, at, thread, x);
 }
 
 /// Operands of the products and of the scans. whole: as in cumulate_as.
@@ -146,13 +86,13 @@ __device__ __forceinline__ void build(Shared<K>& s, const Share<K>& own, const f
   rear = {exp2_fast(rear.x), exp2_fast(rear.y)};
   far = {exp2_fast(far.x), exp2_fast(far.y)};
   const float2 end = {c[15][0] + next.x, c[15][1] + next.y};
-  const bool exact = s.exact[own.block] != 0;
+  const bool exact = s.tokens.exact[own.block] != 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int in_block = piece_offset<K>(i, own.pair / 4) + own.pair % 4 * 4, to = in_block + own.block * 32 * K;
     const std::uint32_t qw = *reinterpret_cast<const std::uint32_t*>(s.q + to);
     const std::uint32_t kw = *reinterpret_cast<const std::uint32_t*>(s.k + to);
-    const float4 row = s.row[own.block * 16 + i];
+    const float4 row = s.tokens.row[own.block * 16 + i];
     float2 in = {exp2_fast(c[i][0]), exp2_fast(c[i][1])};
     float2 out = {exp2_fast(end.x - c[i][0]), exp2_fast(end.y - c[i][1])};
     float2 back = {exp2_fast(-c[i][0]), exp2_fast(-c[i][1])};
@@ -185,7 +125,7 @@ template <int K>
 __device__ __noinline__ void exact_block(const Problem& p, const Place at, Shared<K>& s, int block, const Share<K> own,
                                          const Ahead ahead, std::uint8_t* aqk) {
   const int row = Shared<K>::exact_row;
-  const unsigned starts = s.begins[block / 2] >> (block % 2 * 16) & 0xffffu;
+  const unsigned starts = s.tokens.starts(block);
   __syncthreads();
   if (own.block == block) {
     std::uint32_t q[16], k[16], f[16];
@@ -193,10 +133,10 @@ __device__ __noinline__ void exact_block(const Problem& p, const Place at, Share
     load_share<K>(q, p.q, p, at, own);
     load_share<K>(k, p.k, p, at, own);
     load_share<K>(f, p.f, p, at, own);
-    cumulate(f, p.gate_lower_bound, expf(ahead.rate), ahead.bias, starts, at.tokens - 16 * block, c, g_first);
+    cumulate(f, p.gate_lower_bound, ahead.rate, ahead.bias, starts, true, at.tokens - 16 * block, c, g_first);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float4 of_token = s.row[block * 16 + i];
+      const float4 of_token = s.tokens.row[block * 16 + i];
       const int x = i * row + 2 * own.pair;
       s.exact_q[x] = low(q[i]) * of_token.x;
       s.exact_q[x + 1] = high(q[i]) * of_token.x;
@@ -218,7 +158,7 @@ __device__ __noinline__ void exact_block(const Problem& p, const Place at, Share
         by_k += s.exact_k[i * row + x] * d;
       }
     }
-    s.l[row_i * square_row + column] = j < i ? s.beta[row_i] * by_k : 0.0f;
+    s.l[row_i * square_row + column] = j < i ? s.tokens.beta[row_i] * by_k : 0.0f;
     *reinterpret_cast<__nv_bfloat16*>(aqk + piece_offset<chunk_tokens>(row_i, column / 8) + column % 8 * 2) =
         __float2bfloat16(by_q);
   }
@@ -343,27 +283,18 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
   Ahead ahead;
   fetch<K>(p, Place(p, chunks, index), s, threadIdx.x, ahead);
   for (;;) {
-    int thread = threadIdx.x;
-    asm volatile("" : "+r"(thread));  // what depends on it is not kept in registers from one chunk to the next
-    const int warp = thread / 32, lane = thread % 32;
+    const int thread = anew(threadIdx.x), warp = thread / 32, lane = thread % 32;
     const Share<K> own(thread);
-    const Ahead now = ahead;
     const Place at(p, chunks, index);
     std::uint8_t* record = records + at.slot(p, chunks) * Record<K>::bytes;
     std::uint8_t* aqk = record + Record<K>::state_bytes + Record<K>::aqk;
-    if (thread < 64) {
-      const float beta = thread < at.tokens ? sigmoid(__uint_as_float(static_cast<std::uint32_t>(now.b) << 16)) : 0.0f;
-      s.beta[thread] = beta;
-      reinterpret_cast<float*>(record + Record<K>::beta)[thread] = beta;
-      const unsigned begins = __ballot_sync(0xffffffffu, now.begins);
-      s.begins[thread / 32] = begins;
-      if (thread < 4) s.exact[thread] = 0;
-    }
+    store_tokens(s.tokens, at, thread, ahead);
+    const Ahead now = ahead;
     copy_async_wait<0>();
     __syncthreads();
 
     float c[16][2];
-    const unsigned starts = s.begins[own.block / 2] >> (own.block % 2 * 16) & 0xffffu;
+    const unsigned starts = s.tokens.starts(own.block);
     {
       std::uint32_t f[16];
 #pragma unroll
@@ -372,14 +303,14 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
         f[i] = *reinterpret_cast<const std::uint32_t*>(s.f + from);
       }
       float g_first[2];
-      cumulate(f, p.gate_lower_bound, expf(now.rate), now.bias, starts, at.tokens - 16 * own.block, c, g_first);
+      cumulate(f, p.gate_lower_bound, now.rate, now.bias, starts, true, at.tokens - 16 * own.block, c, g_first);
       const float2 total = starts <= 1u ? float2{c[15][0], c[15][1]} : float2{-INFINITY, -INFINITY};
-      if (total.x < -range_limit || total.y < -range_limit) s.exact[own.block] = 1;
+      if (total.x < -range_limit || total.y < -range_limit) s.tokens.exact[own.block] = 1;
       const int x = own.block * K + 2 * own.pair;
       *reinterpret_cast<float2*>(s.g_first + x) = {g_first[0], g_first[1]};
       *reinterpret_cast<float2*>(s.total + x) = total;
     }
-    find_norms<K>(p, s, warp, lane);
+    find_norms<K, warps>(s.tokens, s.q, s.k, p.scale, warp, lane);
     __syncthreads();
     if (starts <= 1u) {
       build<K, true>(s, own, c, starts, record);
@@ -392,6 +323,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       for (int j = 1; j < 4; ++j) sum += s.g_first[j * K + thread] + s.total[j * K + thread];
       reinterpret_cast<float*>(record + Record<K>::decay)[thread] = exp2_fast(sum);
     }
+    if (thread < 64) reinterpret_cast<float*>(record + Record<K>::beta)[thread] = s.tokens.beta[thread];
     __syncthreads();
 
     // Products of block rows I with blocks J <= I. Task: (I, q or k).
@@ -440,7 +372,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       const bool is_q = task < 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (j > i || (j == i && s.exact[i])) break;
+        if (j > i || (j == i && s.tokens.exact[i])) break;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -459,7 +391,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       }
     }
     for (int block = 0; block < 4; ++block) {
-      if (s.exact[block]) exact_block<K>(p, at, s, block, own, now, aqk);
+      if (s.tokens.exact[block]) exact_block<K>(p, at, s, block, own, now, aqk);
     }
     __syncthreads();
     index += gridDim.x;
