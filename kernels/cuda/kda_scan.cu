@@ -187,7 +187,7 @@ constexpr int forward_threads = (2 * chains + 2) * 32;  // chains, helpers, prod
 
 template <int K, int chains, Mode mode>
 __global__ void __launch_bounds__(forward_threads<chains>, 1)
-    forward_kernel(const Problem p, const ForwardScan io, int chunks) {
+    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ForwardShared<K, chains, mode>;
   auto& s = *reinterpret_cast<Shared*>(memory);
@@ -392,7 +392,7 @@ constexpr int reverse_threads = (2 * chains + (chains == 4 ? 4 : 2)) * 32;
 
 template <int K, int chains>
 __global__ void __launch_bounds__(reverse_threads<chains>, 1)
-    reverse_kernel(const Problem p, const ReverseScan io, int chunks) {
+    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ReverseShared<K, chains>;
   auto& s = *reinterpret_cast<Shared*>(memory);
@@ -470,9 +470,8 @@ __global__ void __launch_bounds__(reverse_threads<chains>, 1)
   // chain
   if constexpr (chains == 4) set_registers<true, 240>();
   float state[K / 8][4];
-  const std::size_t state_at = static_cast<std::size_t>(head) * K * K;
   if (io.dstate_out != nullptr) {
-    load_state<K>(state, io.dstate_out + state_at, K, first, lane);
+    load_state<K>(state, io.dstate_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
@@ -494,7 +493,7 @@ __global__ void __launch_bounds__(reverse_threads<chains>, 1)
     float dv[8][4];
     clear(dv);
 #pragma unroll
-    for (int n = 0; n < K / 16; ++n) multiply_transposed<K>(dv, operand[n], tile + Record<K>::kg, 16 * n, 0, lane);
+    for (int n = 0; n < K / 16; ++n) multiply_transposed<K>(dv, operand[n], tile + Record<K>::kg, 16 * n, 0, anew(lane));
     pair_sync(full);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -538,7 +537,11 @@ __global__ void __launch_bounds__(reverse_threads<chains>, 1)
     if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
   }
-  if (io.dstate_in != nullptr) store_state<K>(state, io.dstate_in + state_at, K, first, lane);
+  if (io.dstate_in != nullptr) {
+    const int block = anew(blockIdx.x);
+    store_state<K>(state, io.dstate_in + static_cast<std::size_t>(block / slices) * K * K, K,
+                   (block % slices * chains + pair) * slice, lane);
+  }
 }
 
 /// beside: the kernel may run while the one before it does, which has called start_next_kernel.
