@@ -202,8 +202,7 @@ __device__ __forceinline__ int block_offset(int row, int column, int lane) {
 /// The same with matrices 1 and 2 exchanged: the right operand's order, untransposed, for two groups of 8 rows.
 template <int width>
 __device__ __forceinline__ int block_offset_right(int row, int column, int lane) {
-  return row * (2 * width) +
-         piece_offset<width>((lane & 7) + ((lane >> 4) << 3), (column >> 3) + ((lane >> 3) & 1));
+  return row * (2 * width) + piece_offset<width>((lane & 7) + ((lane >> 4) << 3), (column >> 3) + ((lane >> 3) & 1));
 }
 
 // ---------------------------------------------------------------- gate
@@ -225,7 +224,8 @@ template <bool bounded>
 struct Gate {
   float rate, bound;
 
-  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the third term is 3e-7 of the first.
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the third term is 3e-7 of the
+  /// first.
   __device__ __forceinline__ static float log2_1p(float y) {
     const float series = y * (log2e - 0.5f * log2e * y);
     return y < 1e-3f ? series : log2_fast(1.0f + y);
@@ -316,10 +316,16 @@ __device__ __forceinline__ void fetch_tile(std::uint8_t* tile, const std::uint16
   const int r = thread / pieces, piece = thread % pieces;
   const std::uint16_t* source = from + (at.first + static_cast<std::size_t>(r) * p.heads) * K + piece * 8;
   const std::uint32_t to = shared_address(tile) + piece_offset<K>(r, piece);
+  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K * step);
+  if (at.tokens == chunk_tokens) {
 #pragma unroll
-  for (int n = 0; n < chunk_tokens / step; ++n) {
-    const bool live = r + step * n < at.tokens;
-    copy_async_16(to + n * step * 2 * K, live ? source + static_cast<std::size_t>(p.heads) * (K * step * n) : from, live);
+    for (int n = 0; n < chunk_tokens / step; ++n) copy_async_16(to + n * step * 2 * K, source + n * stride, true);
+  } else {
+#pragma unroll 1
+    for (int n = 0; n < chunk_tokens / step; ++n) {
+      const bool live = r + step * n < at.tokens;
+      copy_async_16(to + n * step * 2 * K, live ? source + n * stride : from, live);
+    }
   }
 }
 
@@ -350,8 +356,8 @@ __device__ __forceinline__ void store_tokens(Tokens& s, const Place& at, int thr
   }
 }
 
-/// Fills s.row, after a barrier, from swizzled tiles of q and k. Sums of squares are the diagonals of a block's products
-/// with itself.
+/// Fills s.row, after a barrier, from swizzled tiles of q and k. Sums of squares are the diagonals of a block's
+/// products with itself.
 template <int K, int warps>
 __device__ __forceinline__ void find_norms(Tokens& s, const std::uint8_t* q, const std::uint8_t* k, float scale,
                                            int warp, int lane) {

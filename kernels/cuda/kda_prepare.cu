@@ -18,7 +18,7 @@ template <int K>
 struct Shared {
   static constexpr int exact_row = K + 1, tile = Record<K>::tile, block = tile / 4;
   union {
-    struct {  // swizzled; inputs, then operands
+    struct {                 // swizzled; inputs, then operands
       std::uint8_t q[tile];  // scale q, times the decay from the block's first token to the token
       std::uint8_t k[tile];  // -beta k, likewise
       std::uint8_t f[tile];  // k times the decay from the token to the next block's first token
@@ -29,9 +29,9 @@ struct Shared {
   };
   union {
     struct {
-      std::uint8_t own_key[tile];                     // k over the decay from the block's first token to the token
-      std::uint8_t far_q[block], far_k[block];        // of the last block, from the chunk's middle
-      std::uint8_t far_key[block];                    // of the first block, to the chunk's middle
+      std::uint8_t own_key[tile];               // k over the decay from the block's first token to the token
+      std::uint8_t far_q[block], far_k[block];  // of the last block, from the chunk's middle
+      std::uint8_t far_key[block];              // of the first block, to the chunk's middle
     };
     struct {
       float l[chunk_tokens * square_row];  // M, then (I + M)^-1
@@ -39,7 +39,7 @@ struct Shared {
     };
   };
   float g_first[4 * K];
-  float total[4 * K];        // log2 of the decay from a block's first token (exclusive) to its last
+  float total[4 * K];  // log2 of the decay from a block's first token (exclusive) to its last
   Tokens tokens;
 };
 
@@ -377,14 +377,17 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int e = 0; e < 4; e += 2) {
-            const int r = 16 * i + lane / 4 + 4 * e, column = 16 * j + 8 * h + lane % 4 * 2;
-            const float x = acc[n][j][h][e], y = acc[n][j][h][e + 1];
+            const int r = lane / 4 + 4 * e, column = 8 * h + lane % 4 * 2;  // in the block
+            float x = acc[n][j][h][e], y = acc[n][j][h][e + 1];
+            if (j == i) {
+              x = column < r || (is_q && column == r) ? x : 0.0f;
+              y = column + 1 < r || (is_q && column + 1 == r) ? y : 0.0f;
+            }
             if (is_q) {
-              *reinterpret_cast<std::uint32_t*>(aqk + piece_offset<chunk_tokens>(r, column / 8) + lane % 4 * 4) =
-                  pack(column <= r ? x : 0.0f, column + 1 <= r ? y : 0.0f);
+              *reinterpret_cast<std::uint32_t*>(aqk + i * 32 * chunk_tokens + piece_offset<chunk_tokens>(r, 2 * j + h) +
+                                                lane % 4 * 4) = pack(x, y);
             } else {
-              *reinterpret_cast<float2*>(s.l + r * square_row + column) = {column < r ? -x : 0.0f,
-                                                                           column + 1 < r ? -y : 0.0f};
+              *reinterpret_cast<float2*>(s.l + (16 * i + r) * square_row + 16 * j + column) = {-x, -y};
             }
           }
         }
