@@ -10,7 +10,7 @@ DELTAPIPE_KERNEL(distill_loss)
 
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums) {
+                  const Tensor& sums, Arena& workspace) {
   require(student_logits.shape.rank() == 2 && student_logits.dim(1) > 0,
           "distill_loss: student_logits is not [M, N] with N > 0");
   if (teacher_logits) {
@@ -29,8 +29,8 @@ void distill_loss(const Stream& stream, const DistillWeights& weights, const Ten
   require(w.jsd == 0 || (w.jsd_beta > 0 && w.jsd_beta < 1), "distill_loss: jsd_beta is not between 0 and 1");
   require(teacher_logits || (w.kl == 0 && w.reverse_kl == 0 && w.jsd == 0 && w.tvd == 0),
           "distill_loss: a divergence has a weight, but there are no teacher_logits");
-  DELTAPIPE_DISPATCH(stream, distill_loss, stream, weights, student_logits, teacher_logits, labels, gradient_scale,
-                     write_gradient, sums);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, distill_loss, stream, weights, student_logits, teacher_logits, labels,
+                                    gradient_scale, write_gradient, sums, workspace);
 }
 
 }  // namespace deltapipe::kernels

@@ -14,6 +14,7 @@
 // al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", 2023.
 #pragma once
 
+#include "core/arena.h"
 #include "core/stream.h"
 #include "core/tensor.h"
 
@@ -45,9 +46,11 @@ struct LossSum {
 /// the same bits for the same input whatever the number of threads. kl and reverse_kl are summed as
 /// p log(p / q) - p + q >= 0, so that rounding is second order too where the distributions are close.
 /// A logit that is not finite makes the row's sums and gradient non-finite: callers skip such steps.
-/// Throws InternalError for wrong shapes, dtypes or weights; on the CPU for a label of N or more too.
+/// Workspace: none on the CPU; on CUDA [M, LossSum::count] float64, the rows' own sums.
+/// Throws InternalError for wrong shapes, dtypes or weights; on the CPU for a label of N or more too, which on CUDA
+/// makes ce NaN.
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums);
+                  const Tensor& sums, Arena& workspace);
 
 }  // namespace deltapipe::kernels

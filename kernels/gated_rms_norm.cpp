@@ -36,7 +36,7 @@ void gated_rms_norm_forward(const Stream& stream, const Tensor& x, const Tensor&
 
 void gated_rms_norm_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& gate,
                              const Tensor& w, const Tensor& rstd, const Tensor& dx, const Tensor& dgate,
-                             const Tensor& dw) {
+                             const Tensor& dw, Arena& workspace) {
   check_inputs(x, gate, w, rstd);
   check_like(dy, x, "gated_rms_norm_backward: dy");
   check_like(dx, x, "gated_rms_norm_backward: dx");
@@ -45,7 +45,8 @@ void gated_rms_norm_backward(const Stream& stream, const Tensor& dy, const Tenso
     check_shape(dw, {x.dim(2)}, "gated_rms_norm_backward: dw");
     check_dtype(dw, accumulation_dtype(x.dtype), "gated_rms_norm_backward: dw");
   }
-  DELTAPIPE_DISPATCH(stream, gated_rms_norm_backward, stream, dy, x, gate, w, rstd, dx, dgate, dw);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, gated_rms_norm_backward, stream, dy, x, gate, w, rstd, dx, dgate, dw,
+                                    workspace);
 }
 
 }  // namespace deltapipe::kernels

@@ -3,6 +3,7 @@
 // T tokens, H heads, V value channels (at most 512). acc: float32, or float64 when x is float64.
 #pragma once
 
+#include "core/arena.h"
 #include "core/stream.h"
 #include "core/tensor.h"
 
@@ -14,9 +15,10 @@ void gated_rms_norm_forward(const Stream& stream, const Tensor& x, const Tensor&
                             const Tensor& y, const Tensor& rstd);
 
 /// dx, dgate [T, H, V] are overwritten; dw [V] (acc) += gradient, skipped when empty. x, gate, w, rstd as in forward.
-/// dx may alias dy or x; dgate may alias gate.
+/// dx may alias dy or x; dgate may alias gate. Workspace: none on the CPU; on CUDA, when dw is wanted, at most 396 rows
+/// of V float32.
 void gated_rms_norm_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& gate,
                              const Tensor& w, const Tensor& rstd, const Tensor& dx, const Tensor& dgate,
-                             const Tensor& dw);
+                             const Tensor& dw, Arena& workspace);
 
 }  // namespace deltapipe::kernels

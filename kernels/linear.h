@@ -1,4 +1,7 @@
 // Linear layer y = x W^T + b and its gradients. W is stored [O, I], as in PyTorch and Hugging Face files.
+// On the CPU all dtypes are real (float32, float64); on CUDA bfloat16 or float32, summed in float32. CUDA's products
+// need memory that no arena holds: matmul_workspace_bytes of kernels/cuda/matmul.h a stream, taken at its first
+// product.
 #pragma once
 
 #include "core/stream.h"

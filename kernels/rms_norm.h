@@ -3,6 +3,7 @@
 // The mean and rstd are in float32 or better; x * rstd is rounded to x's dtype before the weight multiplies it.
 #pragma once
 
+#include "core/arena.h"
 #include "core/stream.h"
 #include "core/tensor.h"
 
@@ -14,8 +15,9 @@ void rms_norm_forward(const Stream& stream, const Tensor& x, const Tensor& w, fl
                       const Tensor& rstd);
 
 /// dx [T, D] = (accumulate ? dx : 0) + gradient; dw [D] (accumulation dtype) += gradient, skipped when dw is empty.
-/// x, w, rstd as in forward. dx may alias dy.
+/// x, w, rstd as in forward. dx may alias dy. Workspace: none on the CPU; on CUDA, when dw is wanted, at most 396 rows
+/// of D float32, so that dw is summed in one order.
 void rms_norm_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& rstd,
-                       const Tensor& dx, bool accumulate, const Tensor& dw);
+                       const Tensor& dx, bool accumulate, const Tensor& dw, Arena& workspace);
 
 }  // namespace deltapipe::kernels

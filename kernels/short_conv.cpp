@@ -35,7 +35,8 @@ void short_conv_forward(const Stream& stream, const Tensor& x, const Tensor& w, 
 }
 
 void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& halo,
-                         const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo) {
+                         const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo,
+                         Arena& workspace) {
   check_inputs(x, w, halo, start);
   check_shape(dy, x.shape, "short_conv_backward: dy");
   check_dtype(dy, x.dtype, "short_conv_backward: dy");
@@ -49,7 +50,8 @@ void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x
     check_shape(dhalo, {x.dim(0), w.dim(1) - 1, x.dim(2)}, "short_conv_backward: dhalo");
     check_dtype(dhalo, x.dtype, "short_conv_backward: dhalo");
   }
-  DELTAPIPE_DISPATCH(stream, short_conv_backward, stream, dy, x, w, halo, start, dx, dw, dhalo);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, short_conv_backward, stream, dy, x, w, halo, start, dx, dw, dhalo,
+                                    workspace);
 }
 
 }  // namespace deltapipe::kernels

@@ -1,6 +1,7 @@
 // The contract of kernels/kda.h on CUDA: bf16 tensors, fp32 parameters and states, K = V = 64 or 128.
 #include "kernels/kda.h"
 
+#include "kernels/cuda/common.h"
 #include "kernels/cuda/kda_kernels.h"
 
 #include <limits>
@@ -15,15 +16,6 @@ decltype(kernels::kda_compose_maps) kda_compose_maps;
 decltype(kernels::kda_apply_map) kda_apply_map;
 
 namespace {
-
-void check(cudaError_t status, const char* call) {
-  if (status != cudaSuccess) fail<InternalError>("{}: {}", call, cudaGetErrorString(status));
-}
-
-cudaStream_t native(const Stream& stream) { return static_cast<cudaStream_t>(stream.native()); }
-
-std::uint16_t* bits(const Tensor& t) { return t ? reinterpret_cast<std::uint16_t*>(t.as<BFloat16>()) : nullptr; }
-float* floats(const Tensor& t) { return t ? t.as<float>() : nullptr; }
 
 kda::Problem problem(const KdaInputs& in, const char* call) {
   if (in.q.dtype != DType::bf16) {
@@ -52,17 +44,13 @@ kda::Problem problem(const KdaInputs& in, const char* call) {
           .head_dim = static_cast<int>(in.q.dim(3))};
 }
 
-void* take(Arena& workspace, std::size_t bytes) {
-  return workspace.allocate(DType::u8, {static_cast<std::int64_t>(bytes)}, "KDA workspace").data;
-}
-
 }  // namespace
 
 void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& o,
                  const Tensor& state_out, Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_forward");
   const auto scope = workspace.scope();
-  void* memory = take(workspace, kda::forward_workspace(p));
+  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
   if (stream.is_dry()) return;
   check(kda::forward(p, floats(state_in), bits(o), floats(state_out), memory, native(stream)), "kda_forward");
 }
@@ -71,7 +59,7 @@ void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& s
                   const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in, Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_backward");
   const auto scope = workspace.scope();
-  void* memory = take(workspace, kda::backward_workspace(p));
+  void* memory = take_workspace(workspace, kda::backward_workspace(p), "KDA workspace");
   if (stream.is_dry()) return;
   const kda::Gradients out{bits(gradients.dq), bits(gradients.dk),       bits(gradients.dv),        bits(gradients.df),
                            bits(gradients.db), floats(gradients.da_log), floats(gradients.ddt_bias)};
@@ -84,7 +72,7 @@ void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor
                      Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_segment_map");
   const auto scope = workspace.scope();
-  void* memory = take(workspace, kda::forward_workspace(p));
+  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
   if (stream.is_dry()) return;
   check(kda::segment_map(p, floats(m), floats(e), memory, native(stream)), "kda_segment_map");
 }
@@ -93,7 +81,7 @@ void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tenso
                       Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_backward_map");
   const auto scope = workspace.scope();
-  void* memory = take(workspace, kda::forward_workspace(p));
+  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
   if (stream.is_dry()) return;
   check(kda::backward_map(p, bits(d_o), floats(e), memory, native(stream)), "kda_backward_map");
 }

@@ -83,7 +83,8 @@ cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_
                      const Gradients& gradients, float* dstate_in, void* workspace, cudaStream_t stream) {
   Carver carver(workspace);
   const BackwardWorkspace w(carver, p);
-  const ForwardScan states{.records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new};
+  const ForwardScan states{
+      .records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new, .beside = true};
   const ReverseScan dstates{.records = w.records,
                             .d_o = d_o,
                             .dstate_out = dstate_out,
@@ -93,8 +94,8 @@ cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_
   const ChunkGradients chunks{d_o, w.states, w.dstates, w.v_new, w.minus_y, gradients, w.sums};
   return Status()
       .then([&] { return prepare(p, w.records, stream); })
-      .then([&] { return scan_forward(p, states, stream); })
       .then([&] { return scan_reverse(p, dstates, stream); })
+      .then([&] { return scan_forward(p, states, stream); })
       .then([&] { return chunk_gradients(p, chunks, stream); })
       .then([&] {
         if (gradients.da_log == nullptr && gradients.ddt_bias == nullptr) return cudaSuccess;

@@ -41,6 +41,14 @@ struct Record {
   static constexpr int bytes = state_bytes + output_bytes;
 };
 
+/// Multiprocessors of the current device.
+inline int processors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // ---------------------------------------------------------------- instructions
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* p) {
@@ -146,12 +154,41 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+/// Orders what barriers have ordered before it with bulk copies issued after it.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// Contiguous global memory into the second-level cache; size and address: multiples of 16.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void pair_sync(int id) { asm volatile("bar.sync %0, 64;" ::"r"(id) : "memory"); }
-__device__ __forceinline__ void pair_arrive(int id) { asm volatile("bar.arrive %0, 64;" ::"r"(id) : "memory"); }
+/// Barrier `id` of a group of `threads` threads, whole warps; arriving does not wait.
+template <int threads>
+__device__ __forceinline__ void group_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+template <int threads>
+__device__ __forceinline__ void group_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+/// Lets the next kernel of the stream, if it was launched to run beside this one, start.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+/// Waits for the end of the kernel that this one runs beside, if any: who follows in the stream counts on both.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+/// Registers a thread, for a group of four warps: more, or fewer, than the kernel started with.
+template <bool more, int count>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (more) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+  }
+}
+
+/// x, as a value that the compiler knows nothing about: what follows from it is computed again here, not kept in
+/// registers from where it was computed before.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---------------------------------------------------------------- tiles
 
@@ -161,17 +198,17 @@ __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * (2 * width) + ((piece ^ (row & 7)) << 4);
 }
 
-/// The lane's ldmatrix address offset for a 16 x 16 block at (row, column) of a swizzled tile, matrices in the order
-/// (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15, columns 8-15):
-/// the left operand's order, and transposed the right operand's for two neighbouring column groups.
+/// The lane's ldmatrix address offset for a 16 x 16 block at (row, column) of a swizzled tile, row a multiple of 8,
+/// matrices in the order (rows 0-7, columns 0-7), (rows 8-15, columns 0-7), (rows 0-7, columns 8-15), (rows 8-15,
+/// columns 8-15): the left operand's order, and transposed the right operand's for two neighbouring column groups.
 template <int width>
 __device__ __forceinline__ int block_offset(int row, int column, int lane) {
-  return piece_offset<width>(row + (lane & 15), (column >> 3) + (lane >> 4));
+  return row * (2 * width) + piece_offset<width>(lane & 15, (column >> 3) + (lane >> 4));
 }
 /// The same with matrices 1 and 2 exchanged: the right operand's order, untransposed, for two groups of 8 rows.
 template <int width>
 __device__ __forceinline__ int block_offset_right(int row, int column, int lane) {
-  return piece_offset<width>(row + (lane & 7) + ((lane >> 4) << 3), (column >> 3) + ((lane >> 3) & 1));
+  return row * (2 * width) + piece_offset<width>((lane & 7) + ((lane >> 4) << 3), (column >> 3) + ((lane >> 3) & 1));
 }
 
 // ---------------------------------------------------------------- gate
@@ -193,18 +230,19 @@ template <bool bounded>
 struct Gate {
   float rate, bound;
 
-  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the fourth term is 2^-32 of the
+  /// log2(1 + y) for y in [0, 1]; below 1e-3, where the sum loses y, by its series: the third term is 3e-7 of the
   /// first.
   __device__ __forceinline__ static float log2_1p(float y) {
-    const float series = log2e * y * (1.0f + y * (y * (1.0f / 3.0f) - 0.5f));
+    const float series = y * (log2e - 0.5f * log2e * y);
     return y < 1e-3f ? series : log2_fast(1.0f + y);
   }
-  /// g in log2 units.
-  __device__ __forceinline__ float log2_decay(float x) const {
+  /// g in log2 units is factor() times unit(z), z = x log2 e.
+  __device__ __forceinline__ float factor() const { return bounded ? bound * log2e : -rate; }
+  __device__ __forceinline__ float unit(float z) const {
     if constexpr (bounded) {
-      return bound * log2e * sigmoid(rate * x);
+      return reciprocal(1.0f + exp2_fast(-rate * z));
     } else {
-      return -rate * (fmaxf(x, 0.0f) * log2e + log2_1p(exp2_fast(-fabsf(x) * log2e)));
+      return fmaxf(z, 0.0f) + log2_1p(exp2_fast(-fabsf(z)));
     }
   }
   /// df from dg, in natural units; adds this element's part of da_log.
@@ -226,11 +264,10 @@ struct Gate {
 
 /// Per-token values of a chunk in shared memory.
 struct Tokens {
-  float partial[4][2][32];  // sums of squares: block, half of the channels, then 16 of q and 16 of k
-  float rq[chunk_tokens], rk[chunk_tokens], beta[chunk_tokens];
-  unsigned begins[2];        // a bit a token: it starts a document
-  int origin[chunk_tokens];  // first token of the block, in the chunk, that is in the token's document
-  int exact[4];              // the block needs the exact path
+  float4 row[chunk_tokens];  // scale over the norm of q, -beta over the norm of k, 1 over the norms of k and of q
+  float beta[chunk_tokens];
+  unsigned begins[2];  // a bit a token: it starts a document
+  int exact[4];        // the block needs the exact path
 
   /// The bits of a block's 16 tokens.
   __device__ __forceinline__ unsigned starts(int block) const {
@@ -241,7 +278,7 @@ struct Tokens {
 __device__ __forceinline__ bool reached(unsigned starts, int i) { return (starts & ((2u << i) - 2u)) == 0; }
 __device__ __forceinline__ bool reaches(unsigned starts, int i) { return starts >> (i + 1) == 0; }
 
-/// What a thread owns of a chunk: two neighbouring channels of one block's 16 tokens. 2 K threads own it all.
+/// What one of 2 K threads owns of a chunk: two neighbouring channels of one block's 16 tokens.
 template <int K>
 struct Share {
   int pair, block;  // channels 2 pair and 2 pair + 1
@@ -276,98 +313,136 @@ __device__ __forceinline__ void load_share(std::uint32_t (&x)[16], const std::ui
   for (int i = 0; i < 16; ++i) x[i] = own.block * 16 + i < at.tokens ? words[i * row] : 0u;
 }
 
-/// After it, lane l's x[0] is the sum over the warp of what was in x[l].
-__device__ __forceinline__ void sum_over_warp(float (&x)[32], int lane) {
+/// A chunk's rows into a swizzled tile by copy_async, zeros beyond the segment's end.
+template <int K, int threads>
+__device__ __forceinline__ void fetch_tile(std::uint8_t* tile, const std::uint16_t* from, const Problem& p,
+                                           const Place& at, int thread) {
+  constexpr int pieces = K / 8, step = threads / pieces;  // rows a step
+  static_assert(step % 8 == 0);
+  const int r = thread / pieces, piece = thread % pieces;
+  const std::uint16_t* source = from + (at.first + static_cast<std::size_t>(r) * p.heads) * K + piece * 8;
+  const std::uint32_t to = shared_address(tile) + piece_offset<K>(r, piece);
+  const std::size_t stride = static_cast<std::size_t>(p.heads) * (K * step);
+  if (at.tokens == chunk_tokens) {
 #pragma unroll
-  for (int power = 0; power < 5; ++power) {
-    constexpr int first = 16;
-    const int step = first >> power;
-    const bool upper = (lane & step) != 0;
-#pragma unroll
-    for (int i = 0; i < first; ++i) {
-      if (i >= step) continue;
-      const float give = upper ? x[i] : x[i + step], keep = upper ? x[i + step] : x[i];
-      x[i] = keep + __shfl_xor_sync(0xffffffffu, give, step);
+    for (int n = 0; n < chunk_tokens / step; ++n) copy_async_16(to + n * step * 2 * K, source + n * stride, true);
+  } else {
+#pragma unroll 1
+    for (int n = 0; n < chunk_tokens / step; ++n) {
+      const bool live = r + step * n < at.tokens;
+      copy_async_16(to + n * step * 2 * K, live ? source + n * stride : from, live);
     }
   }
 }
 
-/// Fills s.partial from the thread's words of q and k; a barrier, then finish_tokens.
+/// What a thread keeps in registers of a chunk whose tiles are on their way.
+struct Ahead {
+  float rate;      // a_log, until store_tokens
+  float2 bias;     // dt_bias of channels 2 (thread % (K / 2)) and the next
+  unsigned token;  // of token `thread`: b, and bit 16: it starts a document
+};
 template <int K>
-__device__ __forceinline__ void sum_squares(Tokens& s, const std::uint32_t (&q)[16], const std::uint32_t (&k)[16],
-                                            const Share<K>& own, int lane) {
-  float x[32];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    x[i] = low(q[i]) * low(q[i]) + high(q[i]) * high(q[i]);
-    x[16 + i] = low(k[i]) * low(k[i]) + high(k[i]) * high(k[i]);
+__device__ __forceinline__ void load_ahead(const Problem& p, const Place& at, int thread, Ahead& x) {
+  x.rate = p.a_log[at.head];
+  x.bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + thread % (K / 2)];
+  x.token = 0;
+  if (thread < at.tokens) {
+    const int token = at.chunk * chunk_tokens + thread;
+    x.token = p.b[at.first + static_cast<std::size_t>(thread) * p.heads];
+    if (p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token) x.token |= 0x10000u;
   }
-  sum_over_warp(x, lane);
-  s.partial[own.block][own.pair / 32][lane] = x[0];
+}
+/// What needs no q or k. A barrier follows.
+__device__ __forceinline__ void store_tokens(Tokens& s, const Place& at, int thread, Ahead& x) {
+  x.rate = expf(x.rate);
+  if (thread < 64) {
+    s.beta[thread] = thread < at.tokens ? sigmoid(low(x.token)) : 0.0f;
+    s.begins[thread / 32] = __ballot_sync(0xffffffffu, x.token >> 16 != 0);
+    if (thread < 4) s.exact[thread] = 0;
+  }
 }
 
-/// g, in log2 units, of the thread's tokens; 0 beyond the segment's end.
-template <int K, bool bounded>
-__device__ __forceinline__ void gate_values(const std::uint32_t (&f)[16], const Gate<bounded>& gate, float2 bias,
-                                            int live, float (&g)[16][2]) {
+/// Fills s.row, after a barrier, from swizzled tiles of q and k. Sums of squares are the diagonals of a block's
+/// products with itself.
+template <int K, int warps>
+__device__ __forceinline__ void find_norms(Tokens& s, const std::uint8_t* q, const std::uint8_t* k, float scale,
+                                           int warp, int lane) {
+  for (int task = warp; task < 8; task += warps) {
+    const int block = task % 4;
+    const bool is_q = task < 4;
+    float upper[4] = {}, lower[4] = {};
+    const std::uint32_t tile = shared_address(is_q ? q : k);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const float g0 = gate.log2_decay(low(f[i]) + bias.x), g1 = gate.log2_decay(high(f[i]) + bias.y);
-    g[i][0] = i < live ? g0 : 0.0f;
-    g[i][1] = i < live ? g1 : 0.0f;
+    for (int n = 0; n < K / 16; ++n) {
+      std::uint32_t a[4];
+      load_matrices(a, tile + block_offset<K>(16 * block, 16 * n, lane));
+      mma(upper, a, a[0], a[2]);
+      mma(lower, a, a[1], a[3]);
+    }
+    if ((lane & 3) != lane >> 3) continue;
+    const bool odd = (lane >> 2 & 1) != 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = 16 * block + lane / 4 + 8 * h;
+      const float r = rsqrtf((h == 0 ? (odd ? upper[1] : upper[0]) : (odd ? lower[3] : lower[2])) + 1e-6f);
+      if (is_q) {
+        s.row[token].x = scale * r;
+        s.row[token].w = r;
+      } else {
+        s.row[token].y = -s.beta[token] * r;
+        s.row[token].z = r;
+      }
+    }
   }
 }
-/// c (see above) of the thread's channels in place of g, and g of the block's first token: minus infinity where a
-/// document starts.
-template <int K>
-__device__ __forceinline__ void cumulate(const Problem& p, const Place& at, const Tokens& t, const Share<K>& own,
-                                         const std::uint32_t (&f)[16], float (&c)[16][2], float (&g_first)[2]) {
-  const float rate = expf(p.a_log[at.head]);
-  const float2 bias = reinterpret_cast<const float2*>(p.dt_bias)[at.head * (K / 2) + own.pair];
-  const int live = at.tokens - own.block * 16;
-  if (p.gate_lower_bound == 0.0f) {
-    gate_values<K>(f, Gate<false>{rate, 0.0f}, bias, live, c);
+
+/// c (see above) of the thread's channels and `count` tokens of a block, as if the block began with them; g of the
+/// block's first token: minus infinity where a document starts. starts: the tokens' bits. leads: the tokens are the
+/// block's first. whole: no document starts but at the block's first token, and all tokens lie inside the segment (g is
+/// 0 beyond its end).
+template <bool whole, int count, bool bounded>
+__device__ __forceinline__ void cumulate_as(const std::uint32_t (&f)[count], const Gate<bounded>& gate, float2 bias,
+                                            unsigned starts, bool leads, int live, float (&c)[count][2],
+                                            float (&g_first)[2]) {
+  const float factor = gate.factor(), b0 = bias.x * log2e, b1 = bias.y * log2e;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    float unit0 = gate.unit(fmaf(low(f[i]), log2e, b0)), unit1 = gate.unit(fmaf(high(f[i]), log2e, b1));
+    if (!whole && i >= live) unit0 = unit1 = 0.0f;
+    if (i == 0) {
+      g_first[0] = starts & 1u ? -INFINITY : factor * unit0;
+      g_first[1] = starts & 1u ? -INFINITY : factor * unit1;
+      const bool zero = leads || (!whole && (starts & 1u));
+      c[0][0] = zero ? 0.0f : factor * unit0;
+      c[0][1] = zero ? 0.0f : factor * unit1;
+    } else {
+      const bool begins = !whole && (starts >> i & 1u);
+      c[i][0] = begins ? 0.0f : fmaf(factor, unit0, c[i - 1][0]);
+      c[i][1] = begins ? 0.0f : fmaf(factor, unit1, c[i - 1][1]);
+    }
+  }
+}
+/// rate: exp(a_log); bias: dt_bias of the thread's channels; live: how many of the tokens lie inside the segment.
+template <int count>
+__device__ __forceinline__ void cumulate(const std::uint32_t (&f)[count], float bound, float rate, float2 bias,
+                                         unsigned starts, bool leads, int live, float (&c)[count][2],
+                                         float (&g_first)[2]) {
+  const bool whole = starts <= (leads ? 1u : 0u) && live >= count;
+  if (bound == 0.0f) {
+    const Gate<false> gate{rate, 0.0f};
+    if (whole) {
+      cumulate_as<true, count>(f, gate, bias, starts, leads, live, c, g_first);
+    } else {
+      cumulate_as<false, count>(f, gate, bias, starts, leads, live, c, g_first);
+    }
   } else {
-    gate_values<K>(f, Gate<true>{rate, p.gate_lower_bound}, bias, live, c);
+    const Gate<true> gate{rate, bound};
+    if (whole) {
+      cumulate_as<true, count>(f, gate, bias, starts, leads, live, c, g_first);
+    } else {
+      cumulate_as<false, count>(f, gate, bias, starts, leads, live, c, g_first);
+    }
   }
-  const unsigned starts = t.starts(own.block);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    g_first[e] = starts & 1u ? -INFINITY : c[0][e];
-    c[0][e] = 0.0f;
-#pragma unroll
-    for (int i = 1; i < 16; ++i) c[i][e] = starts >> i & 1u ? 0.0f : c[i - 1][e] + c[i][e];
-  }
-}
-
-/// thread in [0, 64): what needs no q or k. A barrier follows.
-__device__ __forceinline__ void load_tokens(Tokens& s, const Problem& p, const Place& at, int thread) {
-  const bool live = thread < at.tokens;
-  const std::size_t row = at.first + static_cast<std::size_t>(thread) * p.heads;
-  const int token = at.chunk * chunk_tokens + thread;
-  s.beta[thread] = live ? sigmoid(__uint_as_float(static_cast<std::uint32_t>(p.b[row]) << 16)) : 0.0f;
-  const unsigned starts =
-      __ballot_sync(0xffffffffu, live && p.start[static_cast<std::size_t>(at.segment) * p.length + token] == token);
-  s.begins[thread / 32] = starts;
-  if (thread < 4) s.exact[thread] = 0;
-}
-
-/// thread in [0, 64), after a barrier.
-template <int K>
-__device__ __forceinline__ void finish_tokens(Tokens& s, int thread) {
-  const int block = thread / 16, i = thread % 16;
-  float q = s.partial[block][0][i], k = s.partial[block][0][16 + i];
-  if (K == 128) {
-    q += s.partial[block][1][i];
-    k += s.partial[block][1][16 + i];
-  }
-  s.rq[thread] = rsqrtf(q + 1e-6f);
-  s.rk[thread] = rsqrtf(k + 1e-6f);
-  int origin = block * 16;
-  for (int j = block * 16 + 1; j <= thread; ++j) {
-    if (s.begins[j / 32] >> (j % 32) & 1u) origin = j;
-  }
-  s.origin[thread] = origin;
 }
 
 }  // namespace deltapipe::kernels::cuda::kda

@@ -66,6 +66,7 @@ struct ForwardScan {
   std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
   std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
   float* m = nullptr;               // [S, H, K, K]
+  bool beside = false;              // runs beside the reverse scan queued just before it
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 

@@ -1,24 +1,22 @@
-// The scans over chunks. The V columns of a state are independent given a chunk's record, so a block of threads owns
-// 32 columns of one head and walks all its chunks. A "chain" warp holds 16 columns of the state, transposed, as tensor
-// core accumulators: every product's result is, repacked, the left operand of the next, and nothing but the records
-// passes through shared memory. A second warp a chain does what is not on the chain: outputs or stores forward, the
-// products of d_o in reverse. Two producer threads keep the records coming by bulk copies.
-#include "kernels/cuda/kda_common.cuh"
+// The scans over chunks, for many heads. The V columns of a state are independent given a chunk's record, so a block of
+// threads owns 64 columns of one head and walks all its chunks. A "chain" warp holds 16 columns of the state,
+// transposed, as tensor core accumulators: every product's result is, repacked, the left operand of the next, and
+// nothing but the records passes through shared memory. A second warp a chain does what is not on the chain: outputs or
+// stores forward, the products of d_o in reverse. Two producer threads keep the records coming by bulk copies.
+#include "kernels/cuda/kda_scan.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-constexpr int chains = 2;                       // chain warps a block of threads
-constexpr int threads = (2 * chains + 2) * 32;  // chains, helpers, producers
-constexpr int slice = 16;                       // columns a chain
-constexpr int slice_bytes = chunk_tokens * slice * 2;
-constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
+constexpr int chains = 4;
 
-template <int K>
+template <int K, Mode mode>
 struct ForwardShared {
-  static constexpr int state_stages = 3, output_stages = K == 128 ? 3 : 4;
+  static constexpr int readers = chains;
+  static constexpr bool outputs = mode == Mode::outputs;
+  static constexpr int state_stages = 3, output_stages = !outputs ? 1 : K == 64 ? 4 : 2;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
-  std::uint8_t output[output_stages][Record<K>::output_bytes];
+  std::uint8_t output[output_stages][outputs ? Record<K>::output_bytes : 16];
   std::uint8_t values[chains][values_ahead][slice_bytes];
   uint4 handed[chains][K / 16 + 4][32];  // operands of the state and of v_new
   std::uint64_t state_full[state_stages], state_empty[state_stages];
@@ -27,7 +25,8 @@ struct ForwardShared {
 
 template <int K>
 struct ReverseShared {
-  static constexpr int state_stages = 3, output_stages = 2;
+  static constexpr int readers = chains;
+  static constexpr int state_stages = K == 64 ? 3 : 2, output_stages = 2;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
   std::uint8_t output[output_stages][Record<K>::output_bytes];
   std::uint8_t values[chains][values_ahead][slice_bytes];
@@ -36,153 +35,16 @@ struct ReverseShared {
   std::uint64_t output_full[output_stages], output_empty[output_stages];
 };
 
-/// Position in a ring of `stages` buffers.
-template <int stages>
-struct Ring {
-  int stage = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-template <class Shared>
-__device__ __forceinline__ void init_barriers(Shared& s) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::state_stages; ++i) {
-      barrier_init(&s.state_full[i], 1);
-      barrier_init(&s.state_empty[i], chains);
-    }
-    for (int i = 0; i < Shared::output_stages; ++i) {
-      barrier_init(&s.output_full[i], 1);
-      barrier_init(&s.output_empty[i], chains);
-    }
-    barrier_fence_init();
-  }
-  __syncthreads();
-}
-
-/// One thread: copies part of every record of a head into a ring, `step` chunks at a time.
-template <int stages, int bytes>
-__device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
-                        const std::uint8_t* record, std::ptrdiff_t step, int chunks) {
-  Ring<stages> at;
-  for (int c = 0; c < chunks; ++c) {
-    if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
-    barrier_expect(&full[at.stage], bytes);
-    bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
-    at.next();
-  }
-}
-
-/// One warp: 16 columns of a chunk's rows of v or d_o, zeros beyond the segment's end. Always commits one group.
-__device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
-                                            int length, bool wanted, int lane) {
-  if (wanted) {
-    const int first = chunk * chunk_tokens;
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int token = n * 16 + lane / 2;
-      const bool live = first + token < length;
-      copy_async_16(shared_address(to + token * 32 + (lane & 1) * 16),
-                    from + (live ? (first + token) * row : 0) + (lane & 1) * 8, live);
-    }
-  }
-  copy_async_commit();
-}
-
-/// acc [16, 64 or K] += a [16, 16 tokens] tile[token, columns], for column groups [0, groups).
-template <int width>
-__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile, int row,
-                                              int groups, int lane) {
-#pragma unroll
-  for (int n = 0; n < width / 16; ++n) {
-    if (n >= groups) break;
-    std::uint32_t b[4];
-    load_matrices_transposed(b, tile + block_offset<width>(row, 16 * n, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
-  }
-}
-/// acc [16, 64] += a [16, 16 columns] tile[token, column]^T, for groups of 16 tokens [first, 4).
-template <int width>
-__device__ __forceinline__ void multiply_transposed(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                                                    int column, int first, int lane) {
-#pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    if (n < first) continue;
-    std::uint32_t b[4];
-    load_matrices(b, tile + block_offset_right<width>(16 * n, column, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
-  }
-}
-
-template <int groups>
-__device__ __forceinline__ void clear(float (&x)[groups][4]) {
-#pragma unroll
-  for (int n = 0; n < groups; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
-  }
-}
-
-/// The lane's part of a transposed state slice from or to [K, V] in memory.
-template <int K>
-__device__ __forceinline__ void load_state(float (&s)[K / 8][4], const float* state, int columns, int first, int lane) {
-#pragma unroll
-  for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int x = 8 * n + lane % 4 * 2 + (e & 1), v = first + lane / 4 + (e & 2) * 4;
-      s[n][e] = state[x * columns + v];
-    }
-  }
-}
-template <int K>
-__device__ __forceinline__ void store_state(const float (&s)[K / 8][4], float* state, int columns, int first,
-                                            int lane) {
-#pragma unroll
-  for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int x = 8 * n + lane % 4 * 2 + (e & 1), v = first + lane / 4 + (e & 2) * 4;
-      state[x * columns + v] = s[n][e];
-    }
-  }
-}
-
-/// A [16, 16 m] left operand to rows [first, first + 16) of 8x8 tiles of a matrix `groups` tiles wide.
-__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[4], int first, int groups,
-                                            int m, int lane) {
-  auto* words = reinterpret_cast<std::uint32_t*>(to) + lane;
-  const int at = first / 8 * groups + 2 * m;
-  words[at * 32] = a[0];
-  words[(at + groups) * 32] = a[1];
-  words[(at + 1) * 32] = a[2];
-  words[(at + groups + 1) * 32] = a[3];
-}
-
-template <int K>
-__device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float* decay, int lane) {
-#pragma unroll
-  for (int n = 0; n < K / 8; ++n) {
-    const float2 d = *reinterpret_cast<const float2*>(decay + 8 * n + lane % 4 * 2);
-    s[n][0] *= d.x;
-    s[n][1] *= d.y;
-    s[n][2] *= d.x;
-    s[n][3] *= d.y;
-  }
-}
-
-enum class Mode { outputs, states, map };
+template <Mode mode>
+constexpr int helpers = mode == Mode::map ? 0 : chains;
+template <Mode mode>
+constexpr int forward_threads = (chains + helpers<mode> + 2) * 32;  // the last two warps are producers
 
 template <int K, Mode mode>
-__global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, const ForwardScan io, int chunks) {
+__global__ void __launch_bounds__(forward_threads<mode>, 1)
+    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using Shared = ForwardShared<K>;
+  using Shared = ForwardShared<K, mode>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int columns = mode == Mode::map ? 2 * K : K;  // a map's columns ride behind the state's
@@ -195,23 +57,22 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
   const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
   init_barriers(s);
 
-  if (warp >= 2 * chains) {
+  if (warp >= chains + helpers<mode>) {
     if (lane != 0) return;
-    if (warp == 2 * chains) {
+    if (warp == chains + helpers<mode>) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
                                                             Record<K>::bytes, chunks);
-    } else if (mode == Mode::outputs) {
+    } else if constexpr (mode == Mode::outputs) {
       produce<Shared::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
     }
     return;
   }
-  if (warp >= chains) {  // helper
-    if (mode == Mode::map) return;
+  if (mode != Mode::map && warp >= chains) {  // helper
     Ring<Shared::output_stages> at;
     for (int c = 0; c < chunks; ++c) {
       std::uint32_t state[K / 16][4], v_new[4][4];
-      pair_sync(full);
+      group_sync<64>(full);
 #pragma unroll
       for (int n = 0; n < K / 16 + 4; ++n) {
         const uint4 x = s.handed[pair][n][lane];
@@ -221,7 +82,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
         to[2] = x.z;
         to[3] = x.w;
       }
-      if (c + 1 < chunks) pair_arrive(empty);
+      if (c + 1 < chunks) group_arrive<64>(empty);
       if constexpr (mode == Mode::states) {
         const std::size_t slot = static_cast<std::size_t>(head) * chunks + c;
 #pragma unroll
@@ -292,7 +153,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
 #pragma unroll
     for (int n = 0; n < K / 16; ++n) as_operand(operand[n], state[2 * n], state[2 * n + 1]);
     if (mode != Mode::map) {
-      if (c > 0) pair_sync(empty);
+      if (c > 0) group_sync<64>(empty);
 #pragma unroll
       for (int n = 0; n < K / 16; ++n) {
         s.handed[pair][n][lane] = {operand[n][0], operand[n][1], operand[n][2], operand[n][3]};
@@ -327,11 +188,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
       clear(rhs);
     }
     now.next();
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, lane);
-    }
-    if (mode == Mode::map) {  // the rest of the state's bits: maps are composed many times
+    if (mode == Mode::map) {  // with the rest of the state's bits: maps are composed many times
 #pragma unroll
       for (int n = 0; n < K / 16; ++n) {
         float left[4], right[4];
@@ -343,7 +200,20 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
         }
         std::uint32_t rest[4];
         as_operand(rest, left, right);
-        multiply_transposed<K>(rhs, rest, tile + Record<K>::nbg, 16 * n, 0, lane);
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          std::uint32_t b[4];
+          load_matrices(b, tile + Record<K>::nbg + block_offset_right<K>(16 * m, 16 * n, lane));
+          mma(rhs[2 * m], operand[n], b[0], b[1]);
+          mma(rhs[2 * m + 1], operand[n], b[2], b[3]);
+          mma(rhs[2 * m], rest, b[0], b[1]);
+          mma(rhs[2 * m + 1], rest, b[2], b[3]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < K / 16; ++n) {
+        multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, lane);
       }
     }
     // v_new = A rhs
@@ -364,7 +234,7 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
       if (mode != Mode::map) s.handed[pair][K / 16 + n][lane] = {a[0], a[1], a[2], a[3]};
       multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
     }
-    if (mode != Mode::map) pair_arrive(full);
+    if (mode != Mode::map) group_arrive<64>(full);
     __syncwarp();
     if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
@@ -376,10 +246,15 @@ __global__ void __launch_bounds__(threads, 1) forward_kernel(const Problem p, co
   } else if (io.state_out != nullptr) {
     store_state<K>(state, io.state_out + state_at, K, first, lane);
   }
+  wait_for_previous_kernel();
 }
 
+constexpr int reverse_threads =
+    (2 * chains + 4) * 32;  // three groups of four warps, which share the registers unevenly
+
 template <int K>
-__global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, const ReverseScan io, int chunks) {
+__global__ void __launch_bounds__(reverse_threads, 1)
+    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ReverseShared<K>;
   auto& s = *reinterpret_cast<Shared*>(memory);
@@ -390,10 +265,12 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
                                     (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
+  start_next_kernel();
   init_barriers(s);
 
   if (warp >= 2 * chains) {
-    if (lane != 0) return;
+    set_registers<false, 40>();
+    if (lane != 0 || warp > 2 * chains + 1) return;
     if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
                                                             chunks);
@@ -404,6 +281,7 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
     return;
   }
   if (warp >= chains) {  // helper: what d_o contributes
+    set_registers<true, 208>();
     const std::size_t row = static_cast<std::size_t>(p.heads) * K;
     const std::uint16_t* d_o =
         io.d_o + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
@@ -436,7 +314,7 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
       __syncwarp();
       if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
       at.next();
-      if (c > 0) pair_sync(empty);
+      if (c > 0) group_sync<64>(empty);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         s.handed[pair][n][lane] = {by_pair[n][0], by_pair[n][1], by_pair[n][2], by_pair[n][3]};
@@ -445,17 +323,17 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
       for (int n = 0; n < K / 8; ++n) {
         s.handed[pair][8 + n][lane] = {by_state[n][0], by_state[n][1], by_state[n][2], by_state[n][3]};
       }
-      pair_arrive(full);
+      group_arrive<64>(full);
     }
     copy_async_wait<0>();
     return;
   }
 
   // chain
+  set_registers<true, 240>();
   float state[K / 8][4];
-  const std::size_t state_at = static_cast<std::size_t>(head) * K * K;
   if (io.dstate_out != nullptr) {
-    load_state<K>(state, io.dstate_out + state_at, K, first, lane);
+    load_state<K>(state, io.dstate_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
@@ -477,8 +355,9 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
     float dv[8][4];
     clear(dv);
 #pragma unroll
-    for (int n = 0; n < K / 16; ++n) multiply_transposed<K>(dv, operand[n], tile + Record<K>::kg, 16 * n, 0, lane);
-    pair_sync(full);
+    for (int n = 0; n < K / 16; ++n)
+      multiply_transposed<K>(dv, operand[n], tile + Record<K>::kg, 16 * n, 0, anew(lane));
+    group_sync<64>(full);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float4 x = s.handed[pair][n][lane];
@@ -495,7 +374,7 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
       state[n][2] += x.z;
       state[n][3] += x.w;
     }
-    if (c + 1 < chunks) pair_arrive(empty);
+    if (c + 1 < chunks) group_arrive<64>(empty);
     // Y = A^T dv_new
     float y[8][4];
     clear(y);
@@ -521,38 +400,48 @@ __global__ void __launch_bounds__(threads, 1) reverse_kernel(const Problem p, co
     if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
   }
-  if (io.dstate_in != nullptr) store_state<K>(state, io.dstate_in + state_at, K, first, lane);
+  if (io.dstate_in != nullptr) {
+    const int block = anew(blockIdx.x);
+    store_state<K>(state, io.dstate_in + static_cast<std::size_t>(block / slices) * K * K, K,
+                   (block % slices * chains + pair) * slice, lane);
+  }
 }
 
-template <class Kernel, class... Args>
-cudaError_t launch(Kernel kernel, int blocks, std::size_t shared, cudaStream_t stream, Args... args) {
-  const cudaError_t set =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (set != cudaSuccess) return set;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(args...);
-  return cudaGetLastError();
+template <int K, Mode mode>
+cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
+  const int blocks = p.segments * p.heads * (mode == Mode::map ? 2 * K : K) / (slice * chains);
+  return launch(forward_kernel<K, mode>, blocks, forward_threads<mode>, sizeof(ForwardShared<K, mode>), s.beside,
+                stream, p, s);
 }
 
 template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  const int blocks = p.segments * p.heads * K / (slice * chains);
-  constexpr std::size_t shared = sizeof(ForwardShared<K>);
-  if (s.m != nullptr) return launch(forward_kernel<K, Mode::map>, 2 * blocks, shared, stream, p, s, p.chunks());
-  if (s.states != nullptr) return launch(forward_kernel<K, Mode::states>, blocks, shared, stream, p, s, p.chunks());
-  return launch(forward_kernel<K, Mode::outputs>, blocks, shared, stream, p, s, p.chunks());
+  if (s.m != nullptr) return forward_of<K, Mode::map>(p, s, stream);
+  if (s.states != nullptr) return forward_of<K, Mode::states>(p, s, stream);
+  return forward_of<K, Mode::outputs>(p, s, stream);
 }
+
+template <int K>
+cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
+  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
+                sizeof(ReverseShared<K>), false, stream, p, s);
+}
+
+/// Blocks of threads of a split scan.
+int split_blocks(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice); }
 
 }  // namespace
 
+// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
+// threads takes half as many columns.
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
+  if (s.m == nullptr && (s.beside ? 2 : 1) * split_blocks(p) <= processors()) return scan_forward_split(p, s, stream);
   return p.head_dim == 128 ? forward_of<128>(p, s, stream) : forward_of<64>(p, s, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (p.head_dim == 128) {
-    return launch(reverse_kernel<128>, p.segments * p.heads * 4, sizeof(ReverseShared<128>), stream, p, s, p.chunks());
-  }
-  return launch(reverse_kernel<64>, p.segments * p.heads * 2, sizeof(ReverseShared<64>), stream, p, s, p.chunks());
+  if (split_blocks(p) <= processors()) return scan_reverse_split(p, s, stream);
+  return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
 }
 
 }  // namespace deltapipe::kernels::cuda::kda

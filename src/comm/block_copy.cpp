@@ -1,6 +1,8 @@
 #include "comm/block_copy.h"
 
-#include <cstring>
+#include "core/device_memory.h"
+
+#include <cstddef>
 
 namespace deltapipe {
 namespace {
@@ -23,21 +25,17 @@ void copy_blocks(const Stream& stream, std::int64_t count, std::int64_t elements
   check_range(count, elements, from, from_offset, from_stride, "the source");
   check_range(count, elements, to, to_offset, to_stride, "the destination");
   if (stream.is_dry() || elements == 0) return;
-  require(stream.device().is_cpu(), "copy_blocks: host memory only");
-  const std::size_t size = size_of(from.dtype), bytes = static_cast<std::size_t>(elements) * size;
-  const auto* source = static_cast<const std::byte*>(from.data);
-  auto* destination = static_cast<std::byte*>(to.data);
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::memcpy(destination + static_cast<std::size_t>(to_offset + i * to_stride) * size,
-                source + static_cast<std::size_t>(from_offset + i * from_stride) * size, bytes);
-  }
+  const std::size_t size = size_of(from.dtype);
+  copy_rows(stream, static_cast<std::size_t>(count), static_cast<std::size_t>(elements) * size,
+            static_cast<const std::byte*>(from.data) + static_cast<std::size_t>(from_offset) * size,
+            static_cast<std::size_t>(from_stride) * size,
+            static_cast<std::byte*>(to.data) + static_cast<std::size_t>(to_offset) * size,
+            static_cast<std::size_t>(to_stride) * size);
 }
 
 void copy_all(const Stream& stream, const Tensor& from, const Tensor& to) {
   require(from.dtype == to.dtype && from.numel() == to.numel(), "copy_all: two dtypes or sizes");
-  if (stream.is_dry() || from.numel() == 0 || from.data == to.data) return;
-  require(stream.device().is_cpu(), "copy_all: host memory only");
-  std::memcpy(to.data, from.data, from.bytes());
+  copy(stream, from, to);
 }
 
 }  // namespace deltapipe

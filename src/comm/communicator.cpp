@@ -53,12 +53,6 @@ class TracedCall {
   trace::Event event_;
 };
 
-void check_reducible(const Tensor& x, const char* operation) {
-  if (x.dtype != DType::f32 && x.dtype != DType::f64) {
-    fail<InternalError>("{}: {} is neither float32 nor float64", operation, name_of(x.dtype));
-  }
-}
-
 void check_parts(const Tensor& part, const Tensor& whole, int ranks, const char* operation) {
   if (part.dtype != whole.dtype || part.numel() * ranks != whole.numel()) {
     fail<InternalError>("{}: the whole {} {} is not {} parts {} {}", operation, name_of(whole.dtype), whole.shape.str(),
@@ -185,7 +179,7 @@ void Communicator::all_reduce_sum(const Stream& stream, const Tensor& x, Purpose
 }
 
 Pending Communicator::start_all_reduce_sum(const Stream& stream, const Tensor& x, Purpose purpose, Arena& workspace) {
-  check_reducible(x, "all_reduce_sum");
+  if (!can_sum(x.dtype)) fail<InternalError>("all_reduce_sum: {} cannot be summed here", name_of(x.dtype));
   const std::int64_t elements = all_reduce_scratch(x.numel(), x.dtype);
   const Tensor scratch = elements > 0 ? workspace.allocate(x.dtype, {elements}, "all-reduce scratch") : Tensor();
   if (stream.is_dry() || size_ == 1 || x.numel() == 0) return {};
@@ -218,7 +212,9 @@ void Communicator::reduce_scatter_sum(const Stream& stream, const Tensor& whole,
 
 Pending Communicator::start_reduce_scatter_sum(const Stream& stream, const Tensor& whole, const Tensor& part,
                                                Purpose purpose, Arena& workspace) {
-  check_reducible(whole, "reduce_scatter_sum");
+  if (!can_sum(whole.dtype)) {
+    fail<InternalError>("reduce_scatter_sum: {} cannot be summed here", name_of(whole.dtype));
+  }
   check_parts(part, whole, size_, "reduce_scatter_sum");
   const std::int64_t elements = reduce_scatter_scratch(part.numel(), part.dtype);
   const Tensor scratch = elements > 0 ? workspace.allocate(part.dtype, {elements}, "reduce-scatter scratch") : Tensor();

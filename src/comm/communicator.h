@@ -1,6 +1,6 @@
 // Communicator: the ranks along one axis of the mesh and what they send each other. Host memory travels over MPI
-// (MpiRuntime::split), an axis of one rank needs neither (SingleRank); device memory is another implementation of the
-// same interface.
+// (MpiRuntime::split), an axis of one rank needs neither (SingleRank); device memory travels over NCCL
+// (comm/nccl_communicator.h), which differs in what it says there.
 //
 // Rules
 // - Ranks of an axis start the collective operations (reductions, gathers, broadcasts, barriers) in one order. Messages
@@ -156,6 +156,8 @@ class Communicator {
                                     const Tensor& scratch, Purpose purpose) = 0;
   virtual void do_broadcast(const Stream& stream, const Tensor& x, int root, Purpose purpose) = 0;
   virtual void do_barrier(const Stream& stream, Purpose purpose) = 0;
+  /// What reductions take.
+  virtual bool can_sum(DType dtype) const { return dtype == DType::f32 || dtype == DType::f64; }
   // Elements of scratch, in the tensor's dtype, that the reductions want.
   virtual std::int64_t all_reduce_scratch(std::int64_t elements, DType dtype) const = 0;
   virtual std::int64_t reduce_scatter_scratch(std::int64_t part_elements, DType dtype) const = 0;
@@ -189,6 +191,9 @@ class SingleRank final : public Communicator {
   Pending do_reduce_scatter(const Stream&, const Tensor&, const Tensor&, const Tensor&, Purpose) override { return {}; }
   void do_broadcast(const Stream&, const Tensor&, int, Purpose) override {}
   void do_barrier(const Stream&, Purpose) override {}
+  bool can_sum(DType dtype) const override {  // what any other communicator can
+    return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16;
+  }
   std::int64_t all_reduce_scratch(std::int64_t, DType) const override { return 0; }
   std::int64_t reduce_scatter_scratch(std::int64_t, DType) const override { return 0; }
 };

@@ -72,7 +72,7 @@ std::vector<int> MeshShape::group_ranks(Axis axis, int rank) const {
   return ranks;
 }
 
-Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape)
+Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device)
     : shape_(shape.resolve(runtime.size())),
       coordinate_(shape_.coordinate_of(runtime.rank())),
       world_(&runtime.world()) {
@@ -80,6 +80,10 @@ Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape)
     const auto axis = static_cast<Axis>(i);
     // A group is told from the others by its first rank.
     communicators_[i] = runtime.split(shape_.group_ranks(axis, rank()).front(), rank(), std::string(name_of(axis)));
+  }
+  if (device.is_cpu()) return;
+  for (std::size_t i = 0; i < device_communicators_.size(); ++i) {
+    device_communicators_[i] = runtime.on_device((*this)[static_cast<Axis>(i)], device);
   }
 }
 
@@ -95,6 +99,7 @@ Mesh::Mesh(const MeshShape& shape, int rank) : shape_(shape), coordinate_(shape.
 }
 
 Communicator& Mesh::operator[](Axis axis) {
+  if (const auto& on_device = device_communicators_[static_cast<std::size_t>(axis)]) return *on_device;
   return axis == Axis::world ? *world_ : *communicators_[static_cast<std::size_t>(axis)];
 }
 

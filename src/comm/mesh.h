@@ -42,7 +42,8 @@ struct MeshShape {
 class Mesh {
  public:
   /// Collective over the world. `runtime` outlives the mesh. Throws ConfigError as MeshShape::resolve does.
-  Mesh(MpiRuntime& runtime, const MeshShape& shape);
+  /// On a CUDA device communicators carry its memory, over NCCL, and host memory as before.
+  Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device = {});
   /// The mesh as `rank` of a resolved shape would see it, without the other ranks: for dry streams alone.
   Mesh(const MeshShape& shape, int rank);
   /// A rank by itself.
@@ -58,6 +59,7 @@ class Mesh {
   MeshShape shape_;
   Coordinate coordinate_;
   std::array<std::unique_ptr<Communicator>, axis_count> communicators_;  // the world's is the runtime's, unless planned
+  std::array<std::unique_ptr<Communicator>, axis_count> device_communicators_;  // on CUDA; they use those above
   Communicator* world_;
 };
 

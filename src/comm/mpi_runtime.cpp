@@ -1,6 +1,7 @@
 #include "comm/mpi_runtime.h"
 
 #include "comm/mpi_communicator.h"
+#include "comm/nccl_communicator.h"
 #include "comm/progress.h"
 #include "core/log.h"
 
@@ -155,6 +156,15 @@ int MpiRuntime::own_cores() {
     return other.host == own.host && CPU_EQUAL(&other.cores, &own.cores) != 0;
   });
   return std::max(1, CPU_COUNT(&own.cores) / static_cast<int>(sharing));
+}
+
+std::unique_ptr<Communicator> MpiRuntime::on_device([[maybe_unused]] Communicator& host, Device device) {
+  require(device.is_cuda(), "MpiRuntime::on_device: not a CUDA device");
+#ifdef DELTAPIPE_CUDA
+  return make_nccl_communicator(progress_, host, device);
+#else
+  fail<UsageError>("this binary was built without CUDA: use device \"cpu\"");
+#endif
 }
 
 CommunicationSettings& MpiRuntime::settings() { return progress_->settings(); }

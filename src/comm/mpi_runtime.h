@@ -53,6 +53,9 @@ class MpiRuntime {
   Communicator& world() { return *world_; }
   /// Collective over the world: ranks of one `color` (>= 0), ordered by `key`. One rank alone is a SingleRank.
   std::unique_ptr<Communicator> split(int color, int key, const std::string& axis);
+  /// The ranks of `host`, which outlives the result, for memory of a CUDA device: over NCCL. Collective over them.
+  /// Throws UsageError when the binary was built without CUDA.
+  std::unique_ptr<Communicator> on_device(Communicator& host, Device device);
 
   /// May change between operations, on every rank alike.
   CommunicationSettings& settings();

@@ -1,6 +1,6 @@
 #include "core/arena.h"
 
-#include <sys/mman.h>
+#include "core/device_memory.h"
 
 #include <algorithm>
 #include <utility>
@@ -23,13 +23,12 @@ Arena Arena::measuring(std::string name, Device device) { return Arena(std::move
 
 Arena::Arena(std::string name, std::size_t capacity, Device device)
     : name_(std::move(name)), device_(device), capacity_(aligned(capacity)) {
-  require(device_.is_cpu(), "Arena: device memory needs the CUDA backend");
-  if (capacity_ == 0) return;
-  void* p = mmap(nullptr, capacity_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) {
-    fail<MemoryError>("cannot allocate {:.1f} MiB for {}", static_cast<double>(capacity_) / (1 << 20), name_);
-  }
-  base_ = static_cast<std::byte*>(p);
+  if (capacity_ != 0) base_ = static_cast<std::byte*>(allocate_memory(device_, capacity_, name_));
+}
+
+void Arena::page_lock() {
+  if (page_locked_ || measuring_ || capacity_ == 0 || !device_.is_cpu()) return;
+  page_locked_ = deltapipe::page_lock(base_, capacity_, name_);
 }
 
 Arena Arena::over(std::string name, const Tensor& memory) {
@@ -41,8 +40,10 @@ Arena Arena::over(std::string name, const Tensor& memory) {
 }
 
 void Arena::release() {
-  if (!measuring_ && owning_ && base_ != nullptr) munmap(base_, capacity_);
+  if (page_locked_) page_unlock(base_);
+  if (!measuring_ && owning_ && base_ != nullptr) release_memory(device_, base_, capacity_);
   base_ = nullptr;
+  page_locked_ = false;
 }
 
 Arena::~Arena() { release(); }
@@ -56,6 +57,7 @@ Arena& Arena::operator=(Arena&& other) noexcept {
     device_ = other.device_;
     measuring_ = other.measuring_;
     owning_ = other.owning_;
+    page_locked_ = std::exchange(other.page_locked_, false);
     base_ = std::exchange(other.base_, nullptr);
     capacity_ = std::exchange(other.capacity_, 0);
     used_ = std::exchange(other.used_, 0);

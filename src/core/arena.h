@@ -15,7 +15,7 @@ class Arena {
 
   /// A measuring arena without memory: every allocation succeeds and must not be touched.
   static Arena measuring(std::string name, Device device = {});
-  /// Takes `capacity` bytes now. Throws MemoryError that names the arena and size.
+  /// Takes `capacity` bytes of `device` now. Throws MemoryError that names the arena and size.
   Arena(std::string name, std::size_t capacity, Device device = {});
   /// Hands out `memory`, which another arena owns and which outlives this one.
   static Arena over(std::string name, const Tensor& memory);
@@ -24,6 +24,10 @@ class Arena {
   Arena& operator=(Arena&&) noexcept;
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
+
+  /// Page-locks a host arena, so that copies between it and CUDA devices run beside other work. Nothing for other
+  /// arenas and on machines without a CUDA device. Throws MemoryError when the system refuses.
+  void page_lock();
 
   /// Uninitialised memory, valid until the enclosing Scope ends (or for the arena's life). `label` names the tensor in
   /// errors. Throws MemoryError when the arena is full.
@@ -59,6 +63,7 @@ class Arena {
   Device device_;
   bool measuring_ = false;
   bool owning_ = true;
+  bool page_locked_ = false;
   std::byte* base_ = nullptr;
   std::size_t capacity_ = 0;
   std::size_t used_ = 0;

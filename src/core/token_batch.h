@@ -16,7 +16,8 @@ struct TokenBatch {
   Tensor labels;              // int32 [S * L]; -1: masked
   Tensor start;               // int32 [S, L]: first token of t's document, relative to the segment's first token
   Tensor positions;           // int32 [S * L]: distance from the document's first token, for rotary embeddings
-  Tensor key_start;           // int32 [S, L]: start, counted from the sequence's first token instead of the segment's
+  Tensor key_start;           // int32 [S, L]: start, counted from the sequence's first token instead of the segment's;
+                              // in host memory on every backend (kernels/attention.h)
   std::int64_t size() const { return segments * length; }
 };
 

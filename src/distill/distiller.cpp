@@ -111,7 +111,7 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
       teacher_->head().forward(c, teacher->x.rows(t, end), zt);
     }
     kernels::distill_loss(c.stream, weights, zs, zt, state.batch.labels.rows(t, end), token_weight, train,
-                          slice(sums, 0, LossSums::head_count));
+                          slice(sums, 0, LossSums::head_count), c.workspace);
     if (train) student_->head().backward(c, zs, y.rows(t, end), dy.rows(t, end));
   }
   if (train) student_->final_norm_backward(c, dy, x, rstd, state.gradient);
@@ -138,7 +138,7 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
       const Tensor& theirs = teacher->hidden[static_cast<std::size_t>(t - teacher_->range().first)];
       kernels::hidden_loss(c.stream, state.hidden[i + 1], theirs, state.batch.labels,
                            objective.hidden_cosine * per_layer, objective.hidden_mse * per_layer, dx,
-                           slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1));
+                           slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1), c.workspace);
     }
     if (recompute_) {
       student_->block(l).backward_recomputing(c, state.batch, dx, state.hidden[i], dx);
@@ -162,7 +162,7 @@ void Distiller::align_layer(const Context& c, const TokenBatch& batch, std::int6
   Block::Saved saved;
   student_->block(layer).mixer_forward(c, batch, x, got, saved, c.workspace);
   kernels::fill_zero(c.stream, d_got);
-  kernels::hidden_loss(c.stream, got, wanted, batch.labels, 0.0, scale, d_got, sums);
+  kernels::hidden_loss(c.stream, got, wanted, batch.labels, 0.0, scale, d_got, sums, c.workspace);
   student_->block(layer).mixer_backward(c, batch, d_got, x, saved);
 }
 

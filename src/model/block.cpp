@@ -68,10 +68,11 @@ void Block::backward(const Context& c, const TokenBatch& batch, const Tensor& dy
   mlp_.backward(c, dy, saved.mlp_in, saved.mlp, dh);
   kernels::copy_cast(c.stream, dy, d_middle);
   kernels::rms_norm_backward(c.stream, dh, saved.middle, mlp_norm_->value, saved.mlp_rstd, d_middle, true,
-                             mlp_norm_->gradient());
+                             mlp_norm_->gradient(), c.workspace);
   run_mixer_backward(c, batch, d_middle, saved, dh);
   kernels::copy_cast(c.stream, d_middle, dx);
-  kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, true, mixer_norm_->gradient());
+  kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, true, mixer_norm_->gradient(),
+                             c.workspace);
 }
 
 void Block::backward_recomputing(const Context& c, const TokenBatch& batch, const Tensor& dy, const Tensor& x,
@@ -90,7 +91,7 @@ void Block::mixer_backward(const Context& c, const TokenBatch& batch, const Tens
   run_mixer_backward(c, batch, d_out, saved, dh);
   if (const Tensor dw = mixer_norm_->gradient()) {
     const Tensor dx = c.workspace.allocate(x.dtype, x.shape, "mixer dx");
-    kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, false, dw);
+    kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, false, dw, c.workspace);
   }
 }
 

@@ -119,8 +119,8 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
   o_.backward(c, d_out, saved.normed, d_normed);
   const Tensor& d_o = d_normed;
   kernels::gated_rms_norm_backward(c.stream, d_normed.view(by_head), saved.o.view(by_head), saved.g.view(by_head),
-                                   o_norm_->value, saved.rstd, d_o.view(by_head), dg.view(by_head),
-                                   o_norm_->gradient());
+                                   o_norm_->value, saved.rstd, d_o.view(by_head), dg.view(by_head), o_norm_->gradient(),
+                                   c.workspace);
   g_.backward(c, dg, saved.g_inner, dg_inner);
   g_inner_.backward(c, dg_inner, h, dh);
   // The KDA operation.
@@ -162,7 +162,7 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
     kernels::short_conv_backward(c.stream, d_convolved[i].view(by_segment), saved.projected[i].view(by_segment),
                                  convolution_weight(static_cast<int>(i)), saved.halo[i], batch.start,
                                  d_projected.view(by_segment), dw ? dw.view({width, spec_.conv_width}) : Tensor(),
-                                 d_halo);
+                                 d_halo, c.workspace);
     if (d_halo) c.sequence->return_halo(c.stream, d_halo, d_projected.view(by_segment), c.workspace);
     projections_[i].backward(c, d_projected, h, dh, true);
   }

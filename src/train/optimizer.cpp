@@ -59,7 +59,7 @@ void Optimizer::capture_weights(const Stream& stream) {
 void Optimizer::add_squared_norm(const Context& c, const Tensor& out, std::string_view leave_out) const {
   for (const State& s : state_) {
     if (s.parameter->trainable && s.parameter->spec.name != leave_out) {
-      kernels::sum_of_squares(c.stream, s.gradient(), out);
+      kernels::sum_of_squares(c.stream, s.gradient(), out, c.workspace);
     }
   }
 }

@@ -146,7 +146,8 @@ Results<T> run(const Inputs<T>& in, const SequenceParallel* sp) {
     const Tensor dy[] = {dq, dk, dv}, dx[] = {out.dq, out.dk, out.dv}, dw[] = {out.dwq, out.dwk, out.dwv};
     for (int i = 0; i < 3; ++i) {
       const Tensor dhalo = sp != nullptr ? take(halo[i].shape) : Tensor();
-      kernels::short_conv_backward(stream, dy[i].view(x[i].shape), x[i], w[i], halo[i], in.start, dx[i], dw[i], dhalo);
+      kernels::short_conv_backward(stream, dy[i].view(x[i].shape), x[i], w[i], halo[i], in.start, dx[i], dw[i], dhalo,
+                                   workspace);
       if (sp != nullptr) sp->return_halo(stream, dhalo, dx[i], workspace);
     }
   });

@@ -48,7 +48,7 @@ template <class T>
 Sums evaluate(const DistillWeights& w, const Owned<T>& student, const Owned<T>& teacher,
               const Owned<std::int32_t>& labels) {
   Sums sums = zero_sums();
-  kernels::distill_loss(Stream::cpu(), w, student, teacher, labels, 1.0, false, sums);
+  kernels::distill_loss(Stream::cpu(), w, student, teacher, labels, 1.0, false, sums, testing::no_workspace());
   return sums;
 }
 
@@ -58,7 +58,7 @@ Owned<T> gradient_of(const DistillWeights& w, const Owned<T>& student, const Own
                      const Owned<std::int32_t>& labels, double scale = 1.0) {
   Owned<T> g = student;
   Sums sums = zero_sums();
-  kernels::distill_loss(Stream::cpu(), w, g, teacher, labels, scale, true, sums);
+  kernels::distill_loss(Stream::cpu(), w, g, teacher, labels, scale, true, sums, testing::no_workspace());
   return g;
 }
 
@@ -448,7 +448,7 @@ TEST(DistillLoss, AddsToSumsAndLeavesLogitsAlone) {
   // ce, kl, teacher_ce and counts always; the others only with a weight
   Sums sums({LossSum::count});
   sums.fill(100);
-  kernels::distill_loss(Stream::cpu(), {}, student, teacher, labels, 1.0, false, sums);
+  kernels::distill_loss(Stream::cpu(), {}, student, teacher, labels, 1.0, false, sums, testing::no_workspace());
   const Sums expected = reference({}, student, teacher, labels);
   for (int k = 0; k < LossSum::count; ++k) {
     const bool weighted_only = k == LossSum::reverse_kl || k == LossSum::jsd || k == LossSum::tvd;
@@ -470,7 +470,7 @@ TEST(DistillLoss, WithoutTeacherOnlyCrossEntropy) {
   const Sums with = evaluate(w, student, teacher, labels);
   const auto expected = gradient_of(w, student, teacher, labels, 3.0);
   Sums sums = zero_sums();
-  kernels::distill_loss(Stream::cpu(), w, student, Tensor(), labels, 3.0, true, sums);
+  kernels::distill_loss(Stream::cpu(), w, student, Tensor(), labels, 3.0, true, sums, testing::no_workspace());
   for (const int k : {LossSum::ce, LossSum::student_correct, LossSum::tokens}) EXPECT_EQ(sums[k], with[k]) << k;
   for (const int k : {LossSum::kl, LossSum::teacher_ce, LossSum::teacher_correct, LossSum::top1_agree}) {
     EXPECT_EQ(sums[k], 0) << k;
@@ -531,7 +531,7 @@ TEST(DistillLoss, BrokenContractsThrow) {
   Sums sums = zero_sums();
   const Stream cpu = Stream::cpu();
   const auto run = [&](const DistillWeights& w, const Tensor& t, const Tensor& l, const Tensor& s) {
-    kernels::distill_loss(cpu, w, student, t, l, 1.0, false, s);
+    kernels::distill_loss(cpu, w, student, t, l, 1.0, false, s, testing::no_workspace());
   };
   EXPECT_NO_THROW(run({.kl = 1}, teacher, labels, sums));
   EXPECT_THROW(run({.kl = 1}, narrow, labels, sums), InternalError);
@@ -546,7 +546,7 @@ TEST(DistillLoss, BrokenContractsThrow) {
   EXPECT_THROW(run({.ce = 1}, teacher, labels, sums), InternalError);
   // a dry stream checks, but touches nothing
   const Sums before = sums;
-  kernels::distill_loss(Stream::dry({}), {.ce = 1}, student, teacher, labels, 1.0, true, sums);
+  kernels::distill_loss(Stream::dry({}), {.ce = 1}, student, teacher, labels, 1.0, true, sums, testing::no_workspace());
   for (int k = 0; k < LossSum::count; ++k) EXPECT_EQ(sums[k], before[k]);
   for (const float z : student) EXPECT_EQ(z, 0.0f);
 }

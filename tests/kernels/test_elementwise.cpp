@@ -121,8 +121,8 @@ TEST(SumOfSquares, MatchesAPlainSum) {
     Owned<double> out({1}), out64({1});
     out.fill(3.5);
     out64.fill(3.5);
-    kernels::sum_of_squares(cpu, x, out);
-    kernels::sum_of_squares(cpu, x.cast<double>(), out64);
+    kernels::sum_of_squares(cpu, x, out, testing::no_workspace());
+    kernels::sum_of_squares(cpu, x.cast<double>(), out64, testing::no_workspace());
     // Squares of floats are exact in double; the plain sum of 5e6 of them keeps 1e-16 * 5e6 at worst.
     EXPECT_NEAR(out[0], expected, 1e-9 * expected) << n;
     EXPECT_EQ(out[0], out64[0]);
@@ -136,11 +136,11 @@ TEST(SumOfSquares, NanAndInfinityReachTheResult) {
     x.fill(1);
     x[at] = std::numeric_limits<float>::infinity();
     out.fill(0);
-    kernels::sum_of_squares(cpu, x, out);
+    kernels::sum_of_squares(cpu, x, out, testing::no_workspace());
     EXPECT_EQ(out[0], std::numeric_limits<double>::infinity());
     x[at] = std::numeric_limits<float>::quiet_NaN();
     out.fill(0);
-    kernels::sum_of_squares(cpu, x, out);
+    kernels::sum_of_squares(cpu, x, out, testing::no_workspace());
     EXPECT_TRUE(std::isnan(out[0]));
   }
 }
@@ -150,7 +150,7 @@ TEST(SumOfSquares, DoesNotOverflowInFloat) {
   x.fill(1e30f);
   Owned<double> out({1});
   out.fill(0);
-  kernels::sum_of_squares(cpu, x, out);
+  kernels::sum_of_squares(cpu, x, out, testing::no_workspace());
   EXPECT_NEAR(out[0], 2e60, 1e54);  // 1e30 is not exact in float: 6e-8 relative
 }
 
@@ -164,8 +164,8 @@ TEST(SumOfSquares, DoesNotDependOnThreadsOrAddress) {
     Owned<double> a({1}), b({1});
     a.fill(0);
     b.fill(0);
-    kernels::sum_of_squares(cpu, x, a);
-    kernels::sum_of_squares(cpu, shifted.tensor().rows(1, n + 1), b);
+    kernels::sum_of_squares(cpu, x, a, testing::no_workspace());
+    kernels::sum_of_squares(cpu, shifted.tensor().rows(1, n + 1), b, testing::no_workspace());
     EXPECT_EQ(a[0], b[0]);
     return std::vector{a, b};
   });

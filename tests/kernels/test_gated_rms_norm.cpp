@@ -35,7 +35,9 @@ struct Norm {
     dw.fill(0);
   }
   void forward() { kernels::gated_rms_norm_forward(Stream::cpu(), x, gate, w, 1e-5f, y, rstd); }
-  void backward() { kernels::gated_rms_norm_backward(Stream::cpu(), dy, x, gate, w, rstd, dx, dgate, dw); }
+  void backward() {
+    kernels::gated_rms_norm_backward(Stream::cpu(), dy, x, gate, w, rstd, dx, dgate, dw, testing::no_workspace());
+  }
 };
 
 TEST(GatedRmsNorm, ForwardMatchesDefinition) {
@@ -79,11 +81,12 @@ TEST(GatedRmsNorm, OutputsMayAliasAndSumsAccumulate) {
   n.forward();
   n.backward();
   Owned<double> dy = n.dy, x = n.x, gate = n.gate, dw = n.dw;
-  kernels::gated_rms_norm_backward(Stream::cpu(), dy, n.x, gate, n.w, n.rstd, dy, gate, dw);
+  kernels::gated_rms_norm_backward(Stream::cpu(), dy, n.x, gate, n.w, n.rstd, dy, gate, dw, testing::no_workspace());
   EXPECT_EQ(testing::relative_rms(dy, n.dx), 0.0);
   EXPECT_EQ(testing::relative_rms(gate, n.dgate), 0.0);
   for (std::int64_t i = 0; i < dw.size(); ++i) EXPECT_DOUBLE_EQ(dw[i], 2 * n.dw[i]);
-  kernels::gated_rms_norm_backward(Stream::cpu(), n.dy, x, n.gate, n.w, n.rstd, x, n.dgate, Tensor());
+  kernels::gated_rms_norm_backward(Stream::cpu(), n.dy, x, n.gate, n.w, n.rstd, x, n.dgate, Tensor(),
+                                   testing::no_workspace());
   EXPECT_EQ(testing::relative_rms(x, n.dx), 0.0);
 }
 

@@ -27,7 +27,7 @@ Owned<std::int32_t> some_labels(std::int64_t m) {
 template <class T>
 Sums evaluate(const Owned<T>& student, const Owned<T>& teacher, const Owned<std::int32_t>& labels) {
   Sums sums = zero_sums();
-  kernels::hidden_loss(Stream::cpu(), student, teacher, labels, 1.0, 1.0, Tensor(), sums);
+  kernels::hidden_loss(Stream::cpu(), student, teacher, labels, 1.0, 1.0, Tensor(), sums, testing::no_workspace());
   return sums;
 }
 
@@ -37,7 +37,8 @@ Owned<T> gradient_of(const Owned<T>& student, const Owned<T>& teacher, const Own
   Owned<T> g(student.shape());
   g.fill(0);
   Sums sums = zero_sums();
-  kernels::hidden_loss(Stream::cpu(), student, teacher, labels, cosine_scale, mse_scale, g, sums);
+  kernels::hidden_loss(Stream::cpu(), student, teacher, labels, cosine_scale, mse_scale, g, sums,
+                       testing::no_workspace());
   return g;
 }
 
@@ -172,7 +173,7 @@ TEST(HiddenLoss, AddsAndSkipsMaskedRows) {
   g.fill(8);
   Sums sums({2});
   sums.fill(100);
-  kernels::hidden_loss(Stream::cpu(), s, t, labels, 0.5, 2.0, g, sums);
+  kernels::hidden_loss(Stream::cpu(), s, t, labels, 0.5, 2.0, g, sums, testing::no_workspace());
   for (int i = 0; i < m * d; ++i) {
     if (labels[i / d] < 0) {
       EXPECT_EQ(g[i], 8.0f);
@@ -214,7 +215,7 @@ TEST(HiddenLoss, BrokenContractsThrow) {
   labels.fill(0);
   Sums sums = zero_sums();
   const auto run = [&](const Tensor& teacher, const Tensor& l, const Tensor& g, const Tensor& u) {
-    kernels::hidden_loss(Stream::cpu(), s, teacher, l, 1.0, 1.0, g, u);
+    kernels::hidden_loss(Stream::cpu(), s, teacher, l, 1.0, 1.0, g, u, testing::no_workspace());
   };
   EXPECT_NO_THROW(run(t, labels, Tensor(), sums));
   EXPECT_THROW(run(narrow, labels, Tensor(), sums), InternalError);

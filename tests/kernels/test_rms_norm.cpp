@@ -37,12 +37,12 @@ TEST(RmsNorm, GradientsMatchFiniteDifferences) {
     return testing::inner(y, dy);
   };
   loss();
-  kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, dx, false, dw);
+  kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, dx, false, dw, testing::no_workspace());
   testing::expect_gradient(x, dx, loss, "dx");
   testing::expect_gradient(w, dw, loss, "dw");
   // accumulate adds to what is there
   Owned<double> twice = dx;
-  kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, twice, true, Tensor());
+  kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, twice, true, Tensor(), testing::no_workspace());
   for (std::int64_t i = 0; i < dx.size(); ++i) EXPECT_DOUBLE_EQ(twice[i], 2 * dx[i]);
 }
 

@@ -101,7 +101,7 @@ Gradients backward(const Conv& c) {
   g.dw.fill(0);
   const bool halo = c.w > 1;
   kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, halo ? c.halo.tensor() : Tensor(), c.start, g.dx, g.dw,
-                               halo ? g.dhalo.tensor() : Tensor());
+                               halo ? g.dhalo.tensor() : Tensor(), testing::no_workspace());
   return g;
 }
 
@@ -118,11 +118,11 @@ TEST(ShortConv, GradientsMatchFiniteDifferences) {
     // dw accumulates, and an absent dw or dhalo changes nothing else.
     Gradients again = g;
     kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, width > 1 ? c.halo.tensor() : Tensor(), c.start,
-                                 again.dx, again.dw, Tensor());
+                                 again.dx, again.dw, Tensor(), testing::no_workspace());
     for (std::int64_t i = 0; i < g.dw.size(); ++i) EXPECT_NEAR(again.dw[i], 2 * g.dw[i], 1e-12 * std::abs(g.dw[i]));
     EXPECT_EQ(testing::relative_rms(again.dx, g.dx), 0.0);
     kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, width > 1 ? c.halo.tensor() : Tensor(), c.start,
-                                 again.dx, Tensor(), Tensor());
+                                 again.dx, Tensor(), Tensor(), testing::no_workspace());
     EXPECT_EQ(testing::relative_rms(again.dx, g.dx), 0.0);
   }
 }

@@ -11,6 +11,11 @@ std::uint64_t test_seed() {
   return info ? stream_of(std::string(info->test_suite_name()) + "." + info->name()) : 1;
 }
 
+Arena& no_workspace() {
+  static Arena arena("no workspace", 0);
+  return arena;
+}
+
 void expect_gradient(Owned<double>& x, const Owned<double>& gradient, const std::function<double()>& loss,
                      const std::string& name, double tolerance, double h, std::int64_t samples) {
   ASSERT_EQ(x.size(), gradient.size()) << name;

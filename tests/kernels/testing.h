@@ -62,6 +62,9 @@ class Owned {
 /// A seed for fresh data: the test's own name, or DELTAPIPE_TEST_SEED when set (printed on failure by callers).
 std::uint64_t test_seed();
 
+/// For operations without workspace on the CPU: an arena without room, so that one who takes some is found out.
+Arena& no_workspace();
+
 /// RMS of (a - b) over RMS of b; NaN anywhere gives NaN, which fails every comparison.
 template <class A, class B>
 double relative_rms(const A& a, const B& b) {

@@ -7,6 +7,7 @@ Times are medians of CUDA events over calls that rotate among three sets of inpu
 A ratio is the peer's time over ours."""
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -46,20 +47,29 @@ class Ours:
     def backward(self):
         self.lib.backward(self.x, None, self.x['d_o'], None, self.gradients, None)
 
+    def segment_map(self):
+        S, L, H, K = self.x['q'].shape
+        if not hasattr(self, 'm'):
+            self.m, self.e = (torch.empty(S, H, K, K, device='cuda') for _ in range(2))
+        self.lib.segment_map(self.x, self.m, self.e)
+
 
 class Peer:
-    """chunk_kda with gate, norms and sigmoid in the kernel, recomputing intermediates in backward."""
+    """chunk_kda with gate, norms and sigmoid in the kernel, recomputing intermediates in backward. starts: documents of
+    one segment, as check.case takes them."""
 
-    def __init__(self, x):
+    def __init__(self, x, starts=None):
         from fla.ops.kda import chunk_kda
         self.x = x
+        bounds = None if starts is None else torch.tensor(starts[0] + [x['q'].shape[1]], dtype=torch.int32, device='cuda')
         self.leaves = [x[n].clone().requires_grad_() for n in ('q', 'k', 'v', 'f', 'b', 'a_log')]
         self.leaves.append(x['dt_bias'].reshape(-1).clone().requires_grad_())
         bounded = x['bound'] < 0
         self.call = lambda: chunk_kda(
             *self.leaves[:5], scale=x['scale'], A_log=self.leaves[5], dt_bias=self.leaves[6],
             use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=bounded,
-            lower_bound=x['bound'] if bounded else None, disable_recompute=False, state_v_first=True)[0]
+            lower_bound=x['bound'] if bounded else None, disable_recompute=False, state_v_first=True,
+            cu_seqlens=bounds)[0]
         self.o = self.call()
 
     def forward(self):
@@ -70,30 +80,54 @@ class Peer:
         return torch.autograd.grad(self.o, self.leaves, self.x['d_o'], retain_graph=True)
 
 
-def compare(lib, S, L, H, K, bound, peer, repeats, **regime):
+def random_documents(length, least=100, most=3000):
+    """First tokens of documents of random lengths."""
+    starts = [0]
+    while starts[-1] + most < length:
+        starts.append(starts[-1] + int(torch.randint(least, most + 1, ())))
+    return [starts]
+
+
+def compare(lib, S, L, H, K, bound, peer, repeats, documents=False, ops=('forward', 'backward'), **regime):
+    """Times of ours and, taking turns, of the peer. A segment map has no peer: its ratio is to our forward."""
     if bound < 0:
         regime['dt_mean'] = 0.0
-    sets = [check.case(S, L, H, K, bound=bound, states=False, **regime) for _ in range(3)]
-    ours, theirs = [Ours(lib, x) for x in sets], [Peer(x) for x in sets] if peer else []
-    rows = []
-    for op in ('forward', 'backward'):
-        times, peer_times = [], []
+    starts = random_documents(L) if documents else None
+    sets = [check.case(S, L, H, K, bound=bound, states=False, starts=starts, **regime) for _ in range(3)]
+    ours, theirs = [Ours(lib, x) for x in sets], [Peer(x, starts) for x in sets] if peer else []
+    rows, total, peer_total = [], 0.0, 0.0
+    shape = dict(segments=S, length=L, heads=H, head_dim=K, bound=bound, documents=len(starts[0]) if starts else 0,
+                 **regime)
+    title = f'S {S} T {L} H {H} D {K} bound {bound}' + (f' {len(starts[0])} documents' if starts else '') + (
+        f' {regime}' if regime else '')
+    for op in ops:
+        times, peer_times, with_peer = [], [], peer and op != 'segment_map'
         for i in range(repeats + 5):
             a = timed(getattr(ours[i % 3], op))
-            b = timed(getattr(theirs[i % 3], op)) if peer else None
+            b = timed(getattr(theirs[i % 3], op)) if with_peer else None
             if i >= 5:
                 times.append(a)
                 peer_times.append(b)
-        ms, peer_ms = statistics.median(times), statistics.median(peer_times) if peer else None
-        scale = S * L * H * (K / 128) ** 2
-        flop, size = COST[op][0] * scale, COST[op][1] * S * L * H * K / 128
-        limit = 1e3 * max(flop / RATE, size / BANDWIDTH)
-        rows.append(dict(op='kda_' + op, shape=dict(segments=S, length=L, heads=H, head_dim=K, bound=bound, **regime),
-                         ms=ms, spread=[min(times), max(times)], bytes=size, flop=flop, fraction_of_limit=limit / ms,
-                         peer='flash-linear-attention chunk_kda' if peer else None, peer_ms=peer_ms,
-                         ratio=peer_ms / ms if peer else None))
-        print(f"{op:<9s} S {S} T {L} H {H} D {K} bound {bound} {regime}: {ms:.3f} ms, {100 * limit / ms:.0f} % of the "
-              f"limit" + (f', fla {peer_ms:.3f} ms, ratio {peer_ms / ms:.2f}' if peer else ''), flush=True)
+        ms, peer_ms = statistics.median(times), statistics.median(peer_times) if with_peer else None
+        row = dict(op='kda_' + op, shape=shape, ms=ms, spread=[min(times), max(times)])
+        line = f'{op:<12s}{title}: {ms:.3f} ms'
+        if op in COST:
+            scale = S * L * H * (K / 128) ** 2
+            flop, size = COST[op][0] * scale, COST[op][1] * S * L * H * K / 128
+            limit = 1e3 * max(flop / RATE, size / BANDWIDTH)
+            row |= dict(bytes=size, flop=flop, fraction_of_limit=limit / ms,
+                        peer='flash-linear-attention chunk_kda' if peer else None, peer_ms=peer_ms,
+                        ratio=peer_ms / ms if peer else None)
+            line += f', {100 * limit / ms:.0f} % of the limit'
+            total, peer_total = total + ms, peer_total + (peer_ms or 0.0)
+        else:
+            row |= dict(of_forward=ms / rows[0]['ms'])
+            line += f', {ms / rows[0]["ms"]:.2f} of forward'
+        rows.append(row)
+        print(line + (f', fla {peer_ms:.3f} ms, ratio {peer_ms / ms:.2f}' if with_peer else ''), flush=True)
+    if peer and len(ops) > 1:
+        print(f'{"both":<12s}{title}: {total:.3f} ms, fla {peer_total:.3f} ms, ratio {peer_total / total:.2f}',
+              flush=True)
     return rows
 
 
@@ -109,7 +143,8 @@ def phases(lib, x, calls=3):
             for _ in range(calls):
                 getattr(ours, op)()
             torch.cuda.synchronize()
-        out[op] = {e.key.split('::')[-1].split('(')[0][:60]: e.self_device_time_total / e.count
+        name = re.compile(r'(\w+)_kernel')
+        out[op] = {(name.search(e.key) or [0, e.key])[1]: e.self_device_time_total / e.count
                    for e in p.key_averages() if e.self_device_time_total > 0}
         print(op, {n: round(t) for n, t in out[op].items()}, 'us', flush=True)
     return out
@@ -118,13 +153,19 @@ def phases(lib, x, calls=3):
 def compare_errors(lib):
     """Ours and the peer's errors against float64 on the same inputs."""
     out = {}
-    for name, regime in (('usual', {}), ('decay near none', dict(dt_mean=-25.0)),
-                         ('beta near 1, decay near none', dict(dt_mean=-25.0, b_mean=12.0))):
+    for name, regime in (('usual', {}), ('bounded gate', dict(bound=-5.0)), ('decay near none', dict(dt_mean=-25.0)),
+                         ('fast decay', dict(dt_mean=4.0)), ('beta near 0', dict(b_mean=-8.0)),
+                         ('beta near 1', dict(b_mean=8.0)),
+                         ('beta near 1, decay near none', dict(dt_mean=-25.0, b_mean=12.0)),
+                         ('keys alike', dict(dt_mean=-6.0, same_keys=1.0))):
         x = check.case(1, 2048, 2, 128, states=False, **regime)
         want, peer, ours = check.truth(x, 32), Peer(x), check.run(lib, x)
         got = dict(zip(('dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias'), peer.backward()), o=peer.o.detach())
         got['ddt_bias'] = got['ddt_bias'].reshape(2, -1)
-        out[name] = {n: (check.error(ours[n], want[n]), check.error(got[n], want[n])) for n in got}
+        error = lambda of, n: check.error(of[n], want[n])
+        size = (check.size_of_da_log(x, want['df']).pow(2) + want['da_log'].pow(2)).mean().sqrt()
+        da_log = lambda of: ((of['da_log'].double() - want['da_log']).pow(2).mean().sqrt() / size).item()
+        out[name] = {n: (da_log(ours), da_log(got)) if n == 'da_log' else (error(ours, n), error(got, n)) for n in got}
         print(f'errors in thousandths, ours / fla, {name}:',
               ' '.join(f'{n} {1e3 * a:.2f}/{1e3 * b:.2f}' for n, (a, b) in out[name].items()), flush=True)
     return out
@@ -139,17 +180,25 @@ def main():
     parser.add_argument('--no-peer', action='store_true')
     parser.add_argument('--bounded-peer', action='store_true')
     parser.add_argument('--no-check', action='store_true')
+    parser.add_argument('--quick', action='store_true', help='fewer checks')
     args = parser.parse_args()
     lib = Library(args.library)
-    checks, ok = ([], True) if args.no_check else check.all_cases(lib)
+    checks, ok = ([], True) if args.no_check else check.all_cases(lib, args.quick)
     print('checks:', 'all within tolerance' if ok else 'FAILED', flush=True)
     kernels = phases(lib, check.case(1, 32768, 20, 128, states=False))
     peer, rows = not args.no_peer, []
-    for shape in ((1, 32768), (1, 8192)):
-        rows += compare(lib, *shape, 20, 128, 0.0, peer, args.repeats)
-    rows += compare(lib, 1, 32768, 20, 128, -5.0, peer and args.bounded_peer, args.repeats)
-    rows += compare(lib, 4, 8192, 20, 128, 0.0, False, args.repeats)
-    rows += compare(lib, 1, 32768, 20, 128, 0.0, False, 10, dt_mean=30.0)
+    measure = lambda S, L, H, bound=0.0, with_peer=peer, **more: rows.extend(
+        compare(lib, S, L, H, 128, bound, with_peer, args.repeats, **more))
+    everything = ('forward', 'backward', 'segment_map')
+    measure(1, 32768, 20, ops=everything)
+    measure(1, 4096, 20, ops=everything)
+    measure(1, 8192, 20, ops=everything)
+    measure(1, 32768, 5)
+    measure(1, 32768, 10)
+    measure(16, 2048, 20)
+    measure(1, 32768, 20, documents=True)
+    measure(1, 32768, 20, -5.0, peer and args.bounded_peer)
+    measure(1, 32768, 20, with_peer=False, dt_mean=30.0)
     errors = compare_errors(lib) if peer else None
     smi = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'],
                          capture_output=True, text=True).stdout.strip().split(', ')

@@ -1,0 +1,184 @@
+// What the scans share: the rings their records come through, their products, and where a state's columns lie.
+#pragma once
+
+#include "kernels/cuda/kda_common.cuh"
+
+namespace deltapipe::kernels::cuda::kda {
+
+/// The scans with two warps a chain (kda_scan_split.cu); not for maps.
+cudaError_t scan_forward_split(const Problem& p, const ForwardScan& s, cudaStream_t stream);
+cudaError_t scan_reverse_split(const Problem& p, const ReverseScan& s, cudaStream_t stream);
+
+namespace {
+
+constexpr int slice = 16;  // columns a chain
+constexpr int slice_bytes = chunk_tokens * slice * 2;
+constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
+
+enum class Mode { outputs, states, map };
+
+/// Position in a ring of `stages` buffers.
+template <int stages>
+struct Ring {
+  int stage = 0, phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <class Shared>
+__device__ __forceinline__ void init_barriers(Shared& s) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared::state_stages; ++i) {
+      barrier_init(&s.state_full[i], 1);
+      barrier_init(&s.state_empty[i], Shared::readers);
+    }
+    for (int i = 0; i < Shared::output_stages; ++i) {
+      barrier_init(&s.output_full[i], 1);
+      barrier_init(&s.output_empty[i], Shared::readers);
+    }
+    barrier_fence_init();
+  }
+  __syncthreads();
+}
+
+/// One thread: copies part of every record of a head into a ring, `step` chunks at a time.
+template <int stages, int bytes>
+__device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
+                        const std::uint8_t* record, std::ptrdiff_t step, int chunks) {
+  Ring<stages> at;
+  for (int c = 0; c < chunks; ++c) {
+    if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+    barrier_expect(&full[at.stage], bytes);
+    bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
+    at.next();
+  }
+}
+
+/// One warp: 16 columns of 16 of a chunk's rows of v or d_o, from row `first`, zeros beyond the segment's end.
+__device__ __forceinline__ void fetch_block(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
+                                            int first, int length, int lane) {
+  const int token = chunk * chunk_tokens + first + lane / 2;
+  const bool live = token < length;
+  copy_async_16(shared_address(to + lane / 2 * 32 + (lane & 1) * 16), from + (live ? token * row : 0) + (lane & 1) * 8,
+                live);
+}
+/// The whole chunk's. Always commits one group.
+__device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
+                                            int length, bool wanted, int lane) {
+  if (wanted) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) fetch_block(to + n * 512, from, row, chunk, 16 * n, length, lane);
+  }
+  copy_async_commit();
+}
+
+/// acc [16, 64 or K] += a [16, 16 tokens] tile[token, columns], for column groups [0, groups).
+template <int width>
+__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile, int row,
+                                              int groups, int lane) {
+#pragma unroll
+  for (int n = 0; n < width / 16; ++n) {
+    if (n >= groups) break;
+    std::uint32_t b[4];
+    load_matrices_transposed(b, tile + block_offset<width>(row, 16 * n, lane));
+    mma(acc[2 * n], a, b[0], b[1]);
+    mma(acc[2 * n + 1], a, b[2], b[3]);
+  }
+}
+/// acc [16, 64] += a [16, 16 columns] tile[token, column]^T, for groups of 16 tokens [first, 4).
+template <int width>
+__device__ __forceinline__ void multiply_transposed(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile,
+                                                    int column, int first, int lane) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    if (n < first) continue;
+    std::uint32_t b[4];
+    load_matrices(b, tile + block_offset_right<width>(16 * n, column, lane));
+    mma(acc[2 * n], a, b[0], b[1]);
+    mma(acc[2 * n + 1], a, b[2], b[3]);
+  }
+}
+
+template <int groups>
+__device__ __forceinline__ void clear(float (&x)[groups][4]) {
+#pragma unroll
+  for (int n = 0; n < groups; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
+  }
+}
+
+/// The lane's part of a transposed state slice from or to [K, V] in memory.
+template <int K>
+__device__ __forceinline__ void load_state(float (&s)[K / 8][4], const float* state, int columns, int first, int lane) {
+#pragma unroll
+  for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int x = 8 * n + lane % 4 * 2 + (e & 1), v = first + lane / 4 + (e & 2) * 4;
+      s[n][e] = state[x * columns + v];
+    }
+  }
+}
+template <int K>
+__device__ __forceinline__ void store_state(const float (&s)[K / 8][4], float* state, int columns, int first,
+                                            int lane) {
+#pragma unroll
+  for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int x = 8 * n + lane % 4 * 2 + (e & 1), v = first + lane / 4 + (e & 2) * 4;
+      state[x * columns + v] = s[n][e];
+    }
+  }
+}
+
+/// A [16, 16 m] left operand to rows [first, first + 16) of 8x8 tiles of a matrix `groups` tiles wide.
+__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[4], int first, int groups,
+                                            int m, int lane) {
+  auto* words = reinterpret_cast<std::uint32_t*>(to) + lane;
+  const int at = first / 8 * groups + 2 * m;
+  words[at * 32] = a[0];
+  words[(at + groups) * 32] = a[1];
+  words[(at + 1) * 32] = a[2];
+  words[(at + groups + 1) * 32] = a[3];
+}
+
+template <int K>
+__device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float* decay, int lane) {
+#pragma unroll
+  for (int n = 0; n < K / 8; ++n) {
+    const float2 d = *reinterpret_cast<const float2*>(decay + 8 * n + lane % 4 * 2);
+    s[n][0] *= d.x;
+    s[n][1] *= d.y;
+    s[n][2] *= d.x;
+    s[n][3] *= d.y;
+  }
+}
+
+/// beside: the kernel may run while the one before it does, which has called start_next_kernel.
+template <class Kernel, class Io>
+cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
+                   const Problem& p, const Io& io) {
+  const cudaError_t set =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (set != cudaSuccess) return set;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = beside ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+}
+
+}  // namespace
+}  // namespace deltapipe::kernels::cuda::kda
