@@ -4,7 +4,7 @@
 #   launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--] CONFIG [options of deltapipe train]
 #
 #   -n RANKS         processes; default: the slots of the hostfile, one without
-#   --hostfile FILE  Open MPI's format, "HOST slots=N" a line; every host has this folder and the run's under the same path
+#   --hostfile FILE  Open MPI's format, "HOST slots=N" a line; program and run have the same path on every host
 #   --restarts N     how often a failed job is started again; default 3
 #
 # Every start goes on from the newest whole checkpoint (--resume auto). A job is started again when a rank was killed or
@@ -14,8 +14,8 @@
 # SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this script: every rank finishes its step, a checkpoint is written, exit status
 # 0. A second one ends the job at once.
 #
-# Environment: DELTAPIPE, the program (default: build/cuda/bin, build/cpu/bin, then PATH); MPIRUN, the launcher (default:
-# mpirun); OMPI_MCA_hwloc_base_binding_policy, to place ranks on cores otherwise than below.
+# Environment: DELTAPIPE, the program (default: build/cuda/bin, build/cpu/bin, then PATH); MPIRUN, the launcher
+# (default: mpirun); OMPI_MCA_hwloc_base_binding_policy, to place ranks on cores otherwise than below.
 set -euo pipefail
 
 say() { echo "launch: $*" >&2; }
@@ -56,7 +56,7 @@ mpirun=${MPIRUN:-mpirun}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 deltapipe=${DELTAPIPE:-}
 if [ -z "$deltapipe" ]; then
-  for candidate in "$here/build/cuda/bin/deltapipe" "$here/build/cpu/bin/deltapipe" "$(command -v deltapipe || true)"; do
+  for candidate in "$here"/build/{cuda,cpu}/bin/deltapipe "$(command -v deltapipe || true)"; do
     if [ -x "$candidate" ]; then deltapipe=$candidate; break; fi
   done
 fi
@@ -83,16 +83,19 @@ else
   allowed=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) online=$(getconf _NPROCESSORS_ONLN)
   cores=$(lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l)
   [ "$allowed" -ge "$cores" ] || cores=$allowed
+  options+=(--oversubscribe)  # mpirun's own count of what is free is no better than ours
   if [ "$ranks" -gt "$cores" ]; then
     # A rank that waits gives its core away, or the one that it waits for would not get on.
     say "$ranks ranks share $cores cores"
-    options+=(--oversubscribe --bind-to none --mca mpi_yield_when_idle 1)
-  elif [ -n "${OMPI_MCA_hwloc_base_binding_policy:-}" ] || [ "$allowed" -ne "$online" ]; then
-    options+=(--oversubscribe)  # the environment, or who lent us some of the cores, decides
+    options+=(--mca mpi_yield_when_idle 1)
+  fi
+  if [ "$ranks" -gt "$cores" ] || [ "$allowed" -ne "$online" ]; then
+    binding=(--bind-to none)
   else
     # Neighbouring ranks on neighbouring cores, all of them used: a rank's threads stay in one socket if they fit.
-    options+=(--map-by "slot:PE=$((cores / ranks))" --bind-to core)
+    binding=(--map-by "slot:PE=$((cores / ranks))" --bind-to core)
   fi
+  [ -n "${OMPI_MCA_hwloc_base_binding_policy:-}" ] || options+=("${binding[@]}")
 fi
 [ -z "$ranks" ] || options+=(-n "$ranks")
 

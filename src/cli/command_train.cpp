@@ -6,6 +6,7 @@
 #include "train/run.h"
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -17,18 +18,19 @@ namespace {
 /// Before anything else: a mesh that needs a launcher says so.
 void check_world(const Config& config, int ranks) {
   const MeshConfig& m = config.mesh;
-  const std::int64_t wanted = std::max<std::int64_t>(m.data, 1) * std::max<std::int64_t>(m.pipeline, 1) *
-                              std::max<std::int64_t>(m.sequence, 1);
+  const std::int64_t wanted =
+      std::max<std::int64_t>(m.data, 1) * std::max<std::int64_t>(m.pipeline, 1) * std::max<std::int64_t>(m.sequence, 1);
   if (ranks == 1 && wanted > 1) {
-    fail<ConfigError>("mesh.data = {} x mesh.pipeline = {} x mesh.sequence = {} needs {} ranks, but this is one process: "
-                      "start it with mpirun -n {} (see launch/)",
-                      m.data, m.pipeline, m.sequence, wanted, wanted);
+    fail<ConfigError>(
+        "mesh.data = {} x mesh.pipeline = {} x mesh.sequence = {} needs {} ranks, but this is one process: "
+        "start it with mpirun -n {} (see launch/)",
+        m.data, m.pipeline, m.sequence, wanted, wanted);
   }
 }
 
 }  // namespace
 
-void add_train_command(CLI::App& app) {
+void add_train_command(CLI::App& app, std::unique_ptr<MpiRuntime>& started) {
   CLI::App* command = app.add_subcommand("train", "run all stages of a configuration");
   auto options = std::make_shared<ConfigOptions>();
   auto run = std::make_shared<RunOptions>();
@@ -38,12 +40,22 @@ void add_train_command(CLI::App& app) {
                    "go on: auto (from the newest whole checkpoint, if any) or a checkpoint's folder")
       ->type_name("auto|none|FOLDER");
   command->add_flag("--restart", run->restart, "begin anew, and remove the checkpoints in the run's folder");
-  command->callback([options, run] {
-    MpiRuntime runtime;
+  command->callback([options, run, &started] {
     Config config;
-    runtime.together([&] { config = options->load(); });
+    std::exception_ptr error;  // told when there are ranks to tell
+    try {
+      config = options->load();
+    } catch (const Error&) {
+      error = std::current_exception();
+    }
+    CommunicationSettings settings;
+    settings.timeout_s = config.mesh.timeout_s;
+    started = std::make_unique<MpiRuntime>(settings);
+    MpiRuntime& runtime = *started;
+    runtime.together([&] {
+      if (error) std::rethrow_exception(error);
+    });
     log::configure(config.run.log_level, runtime.rank(), runtime.size());
-    runtime.settings().timeout_s = config.mesh.timeout_s;
     runtime.together([&] { check_world(config, runtime.size()); });
     const std::string text = to_toml(config);
     runtime.agree(DELTAPIPE_VERSION, XXH3_64bits(text.data(), text.size()));

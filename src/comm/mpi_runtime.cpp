@@ -5,14 +5,21 @@
 #include "core/log.h"
 
 #include <mpi.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <mutex>
+#include <optional>
+#include <thread>
 #include <vector>
 
 namespace deltapipe {
@@ -28,6 +35,40 @@ int number_or_zero(const char* text) {
 struct Identity {
   std::array<char, 64> version{};
   std::uint64_t config_hash = 0;
+};
+
+/// Where a rank may run; plain bytes on the wire.
+struct Place {
+  std::array<char, 64> host{};
+  cpu_set_t cores{};
+};
+
+/// Ends the process when the calls in its scope do not return in time.
+class Deadline {
+ public:
+  Deadline(const char* what, double seconds)
+      : thread_([this, what, seconds] {
+          std::unique_lock lock(mutex_);
+          if (done_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return is_done_; })) return;
+          std::fprintf(stderr, "error: %s has waited %g s for other ranks\n", what, seconds);
+          std::_Exit(CommunicationError("").exit_code());
+        }) {}
+  ~Deadline() {
+    {
+      const std::lock_guard lock(mutex_);
+      is_done_ = true;
+    }
+    done_.notify_one();
+    thread_.join();
+  }
+  Deadline(const Deadline&) = delete;
+  Deadline& operator=(const Deadline&) = delete;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable done_;
+  bool is_done_ = false;
+  std::thread thread_;
 };
 
 }  // namespace
@@ -47,7 +88,9 @@ MpiRuntime::MpiRuntime(const CommunicationSettings& settings)
     : uncaught_(std::uncaught_exceptions()), progress_(std::make_shared<Progress>(settings)) {
   const Launch launch = detect_launch([](const char* name) { return std::getenv(name); });
   int size = 1;
+  std::optional<Deadline> deadline;
   if (launch.mpi) {
+    deadline.emplace("MPI_Init", settings.timeout_s);
     require(!mpi_is_up(), "MpiRuntime: MPI is running already");
     int provided = MPI_THREAD_SINGLE;
     if (MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) {
@@ -88,6 +131,7 @@ MpiRuntime::~MpiRuntime() {
     log::error("{}", e.what());
     abort_all(e.exit_code());
   }
+  const Deadline deadline("MPI_Finalize", settings().timeout_s);
   world_.reset();
   MPI_Finalize();
 }
@@ -95,7 +139,22 @@ MpiRuntime::~MpiRuntime() {
 std::unique_ptr<Communicator> MpiRuntime::split(int color, int key, const std::string& axis) {
   if (size() == 1) return std::make_unique<SingleRank>(axis);
   world_->barrier(Stream::cpu());
+  const Deadline deadline("MPI_Comm_split", settings().timeout_s);
   return split_world(progress_, color, key, axis);
+}
+
+int MpiRuntime::own_cores() {
+  std::vector<Place> all(static_cast<std::size_t>(size()));
+  Place own;
+  gethostname(own.host.data(), own.host.size() - 1);
+  if (sched_getaffinity(0, sizeof own.cores, &own.cores) != 0) CPU_SET(0, &own.cores);
+  constexpr auto bytes = static_cast<std::int64_t>(sizeof(Place));
+  world_->all_gather(Stream::cpu(), Tensor(&own, DType::u8, {bytes}), Tensor(all.data(), DType::u8, {size() * bytes}),
+                     Purpose::control);
+  const auto sharing = std::count_if(all.begin(), all.end(), [&](const Place& other) {
+    return other.host == own.host && CPU_EQUAL(&other.cores, &own.cores) != 0;
+  });
+  return std::max(1, CPU_COUNT(&own.cores) / static_cast<int>(sharing));
 }
 
 CommunicationSettings& MpiRuntime::settings() { return progress_->settings(); }

@@ -10,10 +10,12 @@
 //   one included.
 // - A dead rank (killed, crashed, out of memory): Open MPI's mpirun sees the process end without MPI_Finalize and ends
 //   the job itself, as srun does with --kill-on-bad-exit; where the launcher does not, the deadline does.
-// - While an exception leaves the runtime's scope, MPI_Finalize, which waits for all ranks, is not called: call
-//   abort_all(error.exit_code()) after printing. An error of together() is thrown on all ranks, which then do end MPI.
-// The only calls outside the watchdog are MPI_Init, communicator splits right after a watched barrier, and MPI_Finalize
-// right after a watched barrier.
+// - While any other exception leaves the runtime's scope, MPI_Finalize, which waits for all ranks, is not called: call
+//   abort_all(error.exit_code()) after printing.
+// MPI_Init, communicator splits and MPI_Finalize cannot be given up: when one does not return within timeout_s, the
+// process prints a line and ends itself with CommunicationError's code, and the launcher ends the others.
+// - An error that all ranks know of (together): they end MPI in step, after the one that tells has told, for a launcher
+//   kills the whole job as soon as any rank exits with a code other than 0.
 #pragma once
 
 #include "comm/communicator.h"
@@ -43,6 +45,10 @@ class MpiRuntime {
   int local_rank() const { return local_rank_; }  // among the ranks of this host, by MPI_Comm_split_type
   int local_size() const { return local_size_; }
 
+  /// Threads for this rank when all ranks of its host work: the cores that it may run on, shared with the ranks that
+  /// may run on the same ones. Collective.
+  int own_cores();
+
   /// All ranks, in world order.
   Communicator& world() { return *world_; }
   /// Collective over the world: ranks of one `color` (>= 0), ordered by `key`. One rank alone is a SingleRank.
@@ -54,9 +60,13 @@ class MpiRuntime {
   void set_where(std::string where);
 
   /// Runs `f`, which may fail on any rank but talks to none, on every rank. When it failed anywhere this throws on all:
-  /// its error on the first rank that has one, PeerError on the others, so that one line is printed. All ranks then end
-  /// MPI together, and the job's exit code is that of the error.
+  /// its error on the first rank that has one, PeerError on the others, so that one line is printed: while this object
+  /// lives, for its end waits for that rank. All ranks then end MPI together, and the job's exit code is that of the
+  /// error.
   void together(const std::function<void()>& f);
+
+  /// Whether together() has thrown, on all ranks.
+  bool failed_together() const { return failed_together_; }
 
   /// Start-up check over all ranks that they run the same binary version and configuration. (That they are in one world
   /// is checked by the constructor: ranks in different worlds cannot ask each other.)

@@ -14,13 +14,16 @@ bool Progress::wait_until(const std::function<bool()>& done) {
   using Clock = std::chrono::steady_clock;
   constexpr std::chrono::microseconds eager{50};  // a message on its way arrives within; a sleep costs as much
   constexpr std::chrono::microseconds shortest{1}, longest{200};
+  constexpr std::chrono::seconds suspended{1};  // no turn of this loop takes as long unless the process stood still
   const auto begin = Clock::now();
-  const auto deadline = begin + std::chrono::duration<double>(settings_.timeout_s);
+  auto deadline = begin + std::chrono::duration<double>(settings_.timeout_s);
   auto pause = shortest;
-  for (;;) {
+  for (auto last = begin;;) {
     advance_all();
     if (done()) return true;
     const auto now = Clock::now();
+    if (now - last > suspended) deadline += now - last;
+    last = now;
     if (now - begin < eager) {
       std::this_thread::yield();
       continue;

@@ -30,8 +30,9 @@ class Progress {
   void remove(Operation* operation) noexcept { std::erase(operations_, operation); }
   /// Throws CommunicationError on an MPI error, InternalError on a thread other than the one that made this object.
   void advance_all();
-  /// Runs until done() holds, then returns true; false after timeout_s. It yields the processor for 50 microseconds,
-  /// then sleeps, from 1 microsecond up to 0.2 milliseconds at a time.
+  /// Runs until done() holds, then returns true; false after timeout_s, in which time that this process itself was
+  /// stopped (SIGSTOP, a suspended machine) does not count: others were not silent then. It yields the processor for 50
+  /// microseconds, then sleeps, from 1 microsecond up to 0.2 milliseconds at a time.
   bool wait_until(const std::function<bool()>& done);
 
  private:

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -98,6 +99,14 @@ void make_writable_folder(const fs::path& path) {
   if (ec) fail<IoError>("cannot create folder {}: {}", path.string(), ec.message());
   if (access(path.c_str(), W_OK | X_OK) != 0) fail_io("write into folder", path);
 }
+
+FileLock::FileLock(const fs::path& path) : fd_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
+  if (fd_ < 0) fail_io("open", path);
+}
+
+FileLock::~FileLock() { close(fd_); }
+
+bool FileLock::try_hold() { return flock(fd_, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK; }
 
 std::string hash_hex(std::span<const std::byte> bytes) {
   return fmt::format("{:016x}", XXH3_64bits(bytes.data(), bytes.size()));

@@ -22,6 +22,22 @@ void sync_path(const std::filesystem::path& path);
 /// Makes the folder and its parents. Throws IoError when it cannot be made or written to.
 void make_writable_folder(const std::filesystem::path& path);
 
+/// A file that says that something is in use. The lock (flock) goes with the object or with the process.
+class FileLock {
+ public:
+  /// Makes the file when it is not there; throws IoError when that fails.
+  explicit FileLock(const std::filesystem::path& path);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+  /// False while another FileLock holds it, in any process. On a file system without locks it is always held.
+  bool try_hold();
+
+ private:
+  int fd_;
+};
+
 /// XXH3 64-bit hash as 16 hexadecimal digits.
 std::string hash_hex(std::span<const std::byte> bytes);
 /// The same over a file's content, read in blocks.

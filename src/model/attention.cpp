@@ -39,27 +39,37 @@ void Attention::forward(const Context& c, const TokenBatch& batch, const Tensor&
   saved.v = keep.allocate(h.dtype, {tokens, kv_heads_ * head_dim_}, "attention v");
   saved.o = keep.allocate(h.dtype, {tokens, heads_ * head_dim_}, "attention output");
   saved.lse = keep.allocate(accumulation_dtype(h.dtype), {S, heads_, L}, "attention log-sum-exp");
-  q_.forward(c, h, saved.q);
-  k_.forward(c, h, saved.k);
-  v_.forward(c, h, saved.v);
   const Tensor q = saved.q.view({tokens, heads_, head_dim_});
   const Tensor k = saved.k.view({tokens, kv_heads_, head_dim_});
   const Tensor o = saved.o.view({tokens, heads_, head_dim_});
-  if (rotary_ != nullptr) {
-    for (const Tensor& t : {q, k}) {
-      kernels::rope_forward(c.stream, t, batch.positions, rotary_->inverse_frequencies, rotary_->attention_factor, t);
-    }
-  }
+  const auto rotate = [&](const Tensor& t) {
+    if (rotary_ == nullptr) return;
+    kernels::rope_forward(c.stream, t, batch.positions, rotary_->inverse_frequencies, rotary_->attention_factor, t);
+  };
   saved.all_k = saved.k;
   saved.all_v = saved.v;
   if (c.sequence != nullptr) {
     const SequenceLayout& layout = c.sequence->layout();
-    const std::int64_t width = kv_heads_ * head_dim_;
-    const Shape local{S, L, width}, whole{S / layout.local_segments(), L * layout.segments(), width};
+    const Shape whole{S / layout.local_segments(), L * layout.segments(), kv_heads_ * head_dim_};
     saved.all_k = keep.allocate(h.dtype, whole, "attention k, all ranks");
     saved.all_v = keep.allocate(h.dtype, whole, "attention v, all ranks");
-    c.sequence->gather_keys(c.stream, saved.k.view(local), saved.all_k, c.workspace);
-    c.sequence->gather_keys(c.stream, saved.v.view(local), saved.all_v, c.workspace);
+  }
+  // `keep` may be the workspace itself: what is kept stands before this scope.
+  const auto scope = c.workspace.scope();
+  SequenceParallel::Started gathers[2];  // under way during the projections that follow
+  const auto gather = [&](const Tensor& local, const Tensor& whole) {
+    if (c.sequence == nullptr) return SequenceParallel::Started();
+    return c.sequence->start_gather_keys(c.stream, local.view({S, L, kv_heads_ * head_dim_}), whole, c.workspace);
+  };
+  k_.forward(c, h, saved.k);
+  rotate(k);
+  gathers[0] = gather(saved.k, saved.all_k);
+  v_.forward(c, h, saved.v);
+  gathers[1] = gather(saved.v, saved.all_v);
+  q_.forward(c, h, saved.q);
+  rotate(q);
+  if (c.sequence != nullptr) {
+    for (auto& g : gathers) c.sequence->finish_gather_keys(c.stream, g);
   }
   const Shape all_keys{saved.all_k.numel() / (kv_heads_ * head_dim_), kv_heads_, head_dim_};
   for (std::int64_t s = 0; s < S; ++s) {

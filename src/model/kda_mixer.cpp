@@ -50,37 +50,49 @@ void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& 
   const std::int64_t tokens = batch.size(), width = spec_.width();
   const Shape by_segment{batch.segments, batch.length, width};
   const Shape by_head{tokens, spec_.heads, spec_.head_dim};
+  const auto kept = [&](const Shape& shape, const char* label) { return keep.allocate(h.dtype, shape, label); };
   for (std::size_t i = 0; i < 3; ++i) {
-    saved.projected[i] = keep.allocate(h.dtype, {tokens, width}, "KDA projection");
-    saved.convolved[i] = keep.allocate(h.dtype, {tokens, width}, "KDA convolution");
-    projections_[i].forward(c, h, saved.projected[i]);
+    saved.projected[i] = kept({tokens, width}, "KDA projection");
+    saved.convolved[i] = kept({tokens, width}, "KDA convolution");
     if (c.sequence != nullptr && spec_.conv_width > 1) {
-      saved.halo[i] = keep.allocate(h.dtype, {batch.segments, spec_.conv_width - 1, width}, "KDA convolution halo");
-      c.sequence->gather_halo(c.stream, saved.projected[i].view(by_segment), saved.halo[i], c.workspace);
+      saved.halo[i] = kept({batch.segments, spec_.conv_width - 1, width}, "KDA convolution halo");
     }
-    kernels::short_conv_forward(c.stream, saved.projected[i].view(by_segment), convolution_weight(static_cast<int>(i)),
-                                saved.halo[i], batch.start, saved.convolved[i].view(by_segment));
   }
-  saved.f_inner = keep.allocate(h.dtype, {tokens, spec_.gate_rank}, "KDA gate, inner");
-  saved.f = keep.allocate(h.dtype, {tokens, width}, "KDA gate");
-  saved.g_inner = keep.allocate(h.dtype, {tokens, spec_.gate_rank}, "KDA output gate, inner");
-  saved.g = keep.allocate(h.dtype, {tokens, width}, "KDA output gate");
-  saved.b = keep.allocate(h.dtype, {tokens, spec_.heads}, "KDA beta");
-  saved.o = keep.allocate(h.dtype, {tokens, width}, "KDA output");
-  saved.normed = keep.allocate(h.dtype, {tokens, width}, "KDA normed output");
+  saved.f_inner = kept({tokens, spec_.gate_rank}, "KDA gate, inner");
+  saved.f = kept({tokens, width}, "KDA gate");
+  saved.g_inner = kept({tokens, spec_.gate_rank}, "KDA output gate, inner");
+  saved.g = kept({tokens, width}, "KDA output gate");
+  saved.b = kept({tokens, spec_.heads}, "KDA beta");
+  saved.o = kept({tokens, width}, "KDA output");
+  saved.normed = kept({tokens, width}, "KDA normed output");
   saved.rstd = keep.allocate(accumulation_dtype(h.dtype), {tokens, spec_.heads}, "KDA output rstd");
+  const DType acc = accumulation_dtype(h.dtype);
+  const Shape states{batch.segments, spec_.heads, spec_.head_dim, spec_.head_dim};
+  if (c.sequence != nullptr) {
+    saved.map = keep.allocate(acc, states, "KDA segment map");
+    saved.state_in = keep.allocate(acc, states, "KDA incoming state");
+  }
+  // `keep` may be the workspace itself: what is kept stands before this scope.
+  const auto scope = c.workspace.scope();
+  std::array<SequenceParallel::Started, 3> halos;  // under way during the gates' projections
+  for (std::size_t i = 0; i < 3; ++i) {
+    projections_[i].forward(c, h, saved.projected[i]);
+    if (!saved.halo[i]) continue;
+    halos[i] = c.sequence->start_gather_halo(c.stream, saved.projected[i].view(by_segment), saved.halo[i], c.workspace);
+  }
   f_inner_.forward(c, h, saved.f_inner);
   f_.forward(c, saved.f_inner, saved.f);
   g_inner_.forward(c, h, saved.g_inner);
   g_.forward(c, saved.g_inner, saved.g);
   b_.forward(c, h, saved.b);
+  for (std::size_t i = 0; i < 3; ++i) {
+    if (saved.halo[i]) c.sequence->finish_gather_halo(c.stream, halos[i]);
+    kernels::short_conv_forward(c.stream, saved.projected[i].view(by_segment), convolution_weight(static_cast<int>(i)),
+                                saved.halo[i], batch.start, saved.convolved[i].view(by_segment));
+  }
   const kernels::KdaInputs in = inputs(batch, saved);
   if (c.sequence != nullptr) {
-    const DType acc = accumulation_dtype(h.dtype);
-    const Shape states{batch.segments, spec_.heads, spec_.head_dim, spec_.head_dim};
-    saved.map = keep.allocate(acc, states, "KDA segment map");
-    saved.state_in = keep.allocate(acc, states, "KDA incoming state");
-    const auto scope = c.workspace.scope();
+    const auto scan_scope = c.workspace.scope();
     const Tensor own = c.workspace.allocate(acc, states, "KDA segment state");
     kernels::kda_segment_map(c.stream, in, saved.map, own, c.workspace);
     c.sequence->scan(c.stream, saved.map, own, saved.state_in, c.workspace);

@@ -70,20 +70,20 @@ Partition partition_layers(const LayerCosts& costs, int stages) {
 Partition partition_from_counts(std::span<const std::int64_t> counts, std::int64_t layers, int stages) {
   const std::string found = fmt::format("[{}]", fmt::join(counts, ", "));
   if (std::ssize(counts) != stages) {
-    fail<ConfigError>("layers a stage: found {} numbers {}, accepted: one for each of {} virtual stages", counts.size(),
-                      found, stages);
+    fail<ConfigError>("pipeline.layers: found {} numbers {}, accepted: one for each of {} virtual stages",
+                      counts.size(), found, stages);
   }
   Partition partition;
   std::int64_t begin = 0;
   for (const std::int64_t count : counts) {
     if (count < 1 || count > layers) {
-      fail<ConfigError>("layers a stage: found {}, accepted: numbers from 1 to {}", found, layers);
+      fail<ConfigError>("pipeline.layers: found {}, accepted: numbers from 1 to {}", found, layers);
     }
     partition.push_back({begin, begin + count});
     begin += count;
   }
   if (begin != layers) {
-    fail<ConfigError>("layers a stage: found {}, which add up to {}, accepted: a sum of {}", found, begin, layers);
+    fail<ConfigError>("pipeline.layers: found {}, which add up to {}, accepted: a sum of {}", found, begin, layers);
   }
   return partition;
 }

@@ -9,6 +9,10 @@ Purpose purpose_of(MessageKind kind) {
   return kind == MessageKind::gradient ? Purpose::hidden_gradient : Purpose::hidden_state;
 }
 
+int tag_of(MessageKind kind, Stages::Use use) {
+  return static_cast<int>(kind) + (use == Stages::Use::evaluation ? message_kinds : 0);
+}
+
 }  // namespace
 
 Stages::Stages(Communicator& pipeline, std::vector<Distiller> chunks)
@@ -22,13 +26,13 @@ int Stages::peer(MessageKind kind, bool sending) const {
   return (rank() + (to_next ? 1 : ranks() - 1)) % ranks();
 }
 
-Pending Stages::start_send(const Stream& stream, const Tensor& x, MessageKind kind) const {
-  const std::array<Transfer, 1> sends{{{peer(kind, true), x, static_cast<int>(kind)}}};
+Pending Stages::start_send(const Stream& stream, const Tensor& x, MessageKind kind, Use use) const {
+  const std::array<Transfer, 1> sends{{{peer(kind, true), x, tag_of(kind, use)}}};
   return pipeline_->start_exchange(stream, sends, {}, purpose_of(kind));
 }
 
-void Stages::receive(const Stream& stream, const Tensor& x, MessageKind kind) const {
-  pipeline_->receive(stream, x, peer(kind, false), purpose_of(kind), static_cast<int>(kind));
+void Stages::receive(const Stream& stream, const Tensor& x, MessageKind kind, Use use) const {
+  pipeline_->receive(stream, x, peer(kind, false), purpose_of(kind), tag_of(kind, use));
 }
 
 void Stages::evaluate(const Context& c, const TokenBatch& batch, const kernels::DistillWeights& weights,
@@ -37,9 +41,9 @@ void Stages::evaluate(const Context& c, const TokenBatch& batch, const kernels::
   // Teacher and student of a chunk reuse the memory of the chunk before: it is sent by then. All of the teacher goes
   // before all of the student, for a rank that waits to send must be waited for by nobody.
   const auto in_motion = [&](const Tensor& x, MessageKind kind, int chunk, const auto& forward) {
-    if (!is_first(chunk)) receive(c.stream, x, kind);
+    if (!is_first(chunk)) receive(c.stream, x, kind, Use::evaluation);
     forward();
-    if (!is_last(chunk)) start_send(c.stream, x, kind).wait(c.stream);
+    if (!is_last(chunk)) start_send(c.stream, x, kind, Use::evaluation).wait(c.stream);
   };
   TeacherState* teacher = has_teacher() ? &state.teacher : nullptr;
   if (teacher != nullptr) {

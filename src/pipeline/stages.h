@@ -26,10 +26,15 @@ class Stages {
   const Distiller& chunk(int i) const { return chunks_[static_cast<std::size_t>(i)]; }
   bool has_teacher() const { return chunks_.front().teacher() != nullptr; }
 
-  // Hidden states go downstream, to the next stage's rank; gradients upstream. Messages of one kind arrive in the order
-  // sent. A started send borrows its tensor.
-  [[nodiscard]] Pending start_send(const Stream& stream, const Tensor& x, MessageKind kind) const;
-  void receive(const Stream& stream, const Tensor& x, MessageKind kind) const;
+  /// Who a message is for. An evaluation may come while messages of the next step, sent ahead, are under way: they
+  /// must not match each other.
+  enum class Use : std::uint8_t { training, evaluation };
+
+  // Hidden states go downstream, to the next stage's rank; gradients upstream. Messages of one kind and use arrive in
+  // the order sent. A started send borrows its tensor.
+  [[nodiscard]] Pending start_send(const Stream& stream, const Tensor& x, MessageKind kind,
+                                   Use use = Use::training) const;
+  void receive(const Stream& stream, const Tensor& x, MessageKind kind, Use use = Use::training) const;
 
   /// One microbatch from end to end without gradients: adds all losses on the logits (and the teacher's, when there is
   /// one) to `sums` of the last stage's rank. Every rank of the pipeline calls it with the same batch.

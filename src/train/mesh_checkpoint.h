@@ -15,7 +15,8 @@
 namespace deltapipe {
 
 /// Every rank has one and makes the same calls. Throws on all ranks when writing fails on any: IoError, or PeerError
-/// where another rank tells; the partial checkpoint is gone then and the ones before it stay.
+/// where another rank tells; the partial checkpoint is gone then and the ones before it stay. One that is neither
+/// finished nor failed when this object goes leaves its partial folder to the next writer.
 class MeshCheckpointWriter {
  public:
   /// `keep` as for CheckpointWriter. Rank 0 makes `dir`, on a file system that all ranks share.
@@ -28,8 +29,8 @@ class MeshCheckpointWriter {
   void write(const TrainingState& state, std::span<const TensorSlice> slices);
   /// Whether this rank has written all it has to; true when nothing is under way.
   bool is_done() const;
-  /// Waits for every rank's file, and rank 0 gives the checkpoint its name. With several ranks a checkpoint exists after
-  /// this alone.
+  /// Waits for every rank's file, and rank 0 gives the checkpoint its name. With several ranks a checkpoint exists
+  /// after this alone.
   void finish();
 
  private:

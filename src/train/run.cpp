@@ -23,10 +23,13 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <thread>
 
 namespace deltapipe {
 namespace fs = std::filesystem;
 namespace {
+
+constexpr const char* lock_name = "lock";
 
 /// The loop's own view of where it is.
 struct Progress {
@@ -50,6 +53,7 @@ TrainingState to_state(const Progress& p, const TrainingPlan& plan, std::uint64_
   s.tokens_seen = p.tokens;
   s.skipped_steps = p.skipped;
   s.skipped_in_a_row = p.skipped_in_a_row;
+  s.mesh = {plan.mesh.data, plan.mesh.pipeline, plan.mesh.sequence};
   s.seeds["run"] = static_cast<std::uint64_t>(plan.config.run.seed);
   s.values["optimizer_updates"] = static_cast<double>(updates);
   s.config_toml = to_toml(plan.config);
@@ -123,6 +127,8 @@ void compare_configs(const Config& now, const TrainingState& state, const std::s
   then.run.dir = now.run.dir;
   then.run.threads = now.run.threads;
   then.run.log_level = now.run.log_level;
+  then.mesh = now.mesh;
+  then.pipeline = now.pipeline;
   then.checkpoint = now.checkpoint;
   then.eval = now.eval;
   then.log = now.log;
@@ -234,7 +240,7 @@ class TrainingRun {
       if (resume_from_) {
         const std::string where = resume_from_->folder().string();
         first_ = to_progress(resume_from_->state(), plan_, where);
-        compare_configs(config_, resume_from_->state(), where);
+        if (is_first()) compare_configs(config_, resume_from_->state(), where);
       }
     });
     mesh_.emplace(runtime_, shape);
@@ -249,6 +255,7 @@ class TrainingRun {
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
+        if (!lock_) lock_folder();
         if (restart_) remove_checkpoints();
         write_file_atomically(folder_ / "config.toml", to_toml(config_));
       }
@@ -286,20 +293,25 @@ class TrainingRun {
       writer.write(state, slices);
       saved_step = at.step;
     };
-    for (const auto stages = static_cast<std::int64_t>(config_.stages.size()); at.stage < stages;) {
-      const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
-      const std::int64_t steps = stage_steps(stage);
-      while (at.stage_step < steps && !asked_to_stop(writer)) {
-        trace.before_step(at.step + 1);
-        step(trainer, at, stage, metrics, console);
-        const bool stage_ends = at.stage_step == steps;
-        if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
-        if (is_due(config_.checkpoint.every_steps, at.step)) save();
+    try {
+      for (const auto stages = static_cast<std::int64_t>(config_.stages.size()); at.stage < stages;) {
+        const StageConfig& stage = config_.stages[static_cast<std::size_t>(at.stage)];
+        const std::int64_t steps = stage_steps(stage);
+        while (at.stage_step < steps && !asked_to_stop(writer)) {
+          trace.before_step(at.step + 1);
+          step(trainer, at, stage, metrics, console);
+          const bool stage_ends = at.stage_step == steps;
+          if (stage_ends || is_due(config_.eval.every_steps, at.step)) evaluate(trainer, metrics, at);
+          if (is_due(config_.checkpoint.every_steps, at.step)) save();
+        }
+        if (signal_ != 0 || at.stage + 1 == stages) break;
+        ++at.stage;
+        at.stage_step = 0;
+        trainer.begin_stage(static_cast<std::size_t>(at.stage));
       }
-      if (signal_ != 0 || at.stage + 1 == stages) break;
-      ++at.stage;
-      at.stage_step = 0;
-      trainer.begin_stage(static_cast<std::size_t>(at.stage));
+    } catch (...) {
+      if (runtime_.failed_together()) finish_quietly(writer);
+      throw;
     }
     trainer.stop();
     if (saved_step != at.step) save();
@@ -323,7 +335,9 @@ class TrainingRun {
   /// Rank 0 chooses and checks the checkpoint, files and all; the others read what it chose.
   void open_resumed(const RunOptions& options) {
     runtime_.together([&] {
-      if (is_first()) resume_from_ = open_checkpoint(options, checkpoints_);
+      if (!is_first()) return;
+      if (fs::exists(folder_ / lock_name)) lock_folder();
+      resume_from_ = open_checkpoint(options, checkpoints_);
     });
     const std::string chosen =
         broadcast_text(runtime_.world(), resume_from_ ? fs::absolute(resume_from_->folder()).string() : "");
@@ -331,6 +345,19 @@ class TrainingRun {
       if (is_first() || chosen.empty()) return;
       resume_from_ = std::make_unique<CheckpointReader>(chosen, CheckpointReader::Verify::on_use);
     });
+  }
+
+  /// Two jobs in one folder would spoil each other's files. A job that was killed may take a moment to be gone.
+  void lock_folder() {
+    lock_.emplace(folder_ / lock_name);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(config_.mesh.timeout_s / 2);
+    for (bool told = false; !lock_->try_hold(); told = true) {
+      if (!told) log::warn("{} is in use by another job; waiting for its end", folder_.string());
+      if (std::chrono::steady_clock::now() > end) {
+        fail<UsageError>("{} is in use by another job: end that one, or name another run.dir", folder_.string());
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
   }
 
   void tell_memory(const ArenaSet& measured) const {
@@ -364,6 +391,15 @@ class TrainingRun {
     }
     if (all_done && runtime_.size() > 1) writer.finish();
     return signal_ != 0;
+  }
+
+  /// On the way out with an error of all ranks: the checkpoint under way is a good one still. Should it fail as well,
+  /// it is gone, and the first error is the one to tell.
+  static void finish_quietly(MeshCheckpointWriter& writer) {
+    try {
+      writer.finish();
+    } catch (const Error&) {
+    }
   }
 
   void check_vocabulary(const TokenDataset& data, const std::string& path) const {
@@ -424,7 +460,9 @@ class TrainingRun {
     m.seconds = seconds_since(begin);
     m.tokens_per_second = static_cast<double>(tokens) / m.seconds;
     if (runtime_.size() > 1) m.traffic = traffic_->measure();
-    if (metrics) metrics->write(m);
+    runtime_.together([&] {
+      if (metrics) metrics->write(m);
+    });
     if (is_first() && (at.step % config_.log.every_steps == 0 || !m.report.applied)) {
       log::info("{}", console.line(m, stage_steps(stage), plan_.objectives[index]));
     }
@@ -442,7 +480,9 @@ class TrainingRun {
     const trace::Span span("evaluation", "evaluation");
     const DivergenceResult result = trainer.evaluate(&*validation_);
     const std::string& stage = config_.stages[static_cast<std::size_t>(at.stage)].name;
-    if (metrics) metrics->write_evaluation(at.step, stage, result);
+    runtime_.together([&] {
+      if (metrics) metrics->write_evaluation(at.step, stage, result);
+    });
     log::info("held out, step {}: {}", at.step, result.line());
   }
 
@@ -450,6 +490,7 @@ class TrainingRun {
   MpiRuntime& runtime_;
   fs::path folder_, checkpoints_;
   bool restart_;
+  std::optional<FileLock> lock_;                   // rank 0's
   std::unique_ptr<CheckpointReader> resume_from_;  // until its content is in memory; null: the run begins
   std::optional<TokenDataset> train_data_;
   ModelSources sources_;
@@ -513,7 +554,7 @@ RunResult run_training(const Config& config, const RunOptions& options, MpiRunti
     check_backend(config);
     if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
   });
-  set_num_threads(static_cast<int>(config.run.threads));
+  set_num_threads(config.run.threads != 0 ? static_cast<int>(config.run.threads) : runtime.own_cores());
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();
 }

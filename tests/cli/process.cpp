@@ -67,9 +67,11 @@ Process::Process(std::vector<std::string> arguments, ProcessOptions options) {
   std::string name = (fs::temp_directory_path() / "deltapipe-streams-XXXXXX").string();
   if (mkdtemp(name.data()) == nullptr) fail<IoError>("cannot make {}", name);
   streams_ = name;
-  outcome_.command = "deltapipe";
+  for (const std::string& word : options.launcher) outcome_.command.append(quoted(word)).append(" ");
+  outcome_.command += "deltapipe";
   for (const std::string& a : arguments) outcome_.command.append(" ").append(quoted(a));
   arguments.insert(arguments.begin(), DELTAPIPE_BINARY);
+  arguments.insert(arguments.begin(), options.launcher.begin(), options.launcher.end());
   std::vector<char*> words;
   for (std::string& a : arguments) words.push_back(a.data());
   words.push_back(nullptr);
@@ -84,12 +86,11 @@ Process::Process(std::vector<std::string> arguments, ProcessOptions options) {
   redirect(streams_ / "err", STDERR_FILENO);
   if (chdir(options.folder.c_str()) != 0) _exit(76);
   if (options.file_size_limit != 0) {
-    ::signal(SIGXFSZ, SIG_IGN);
     const rlimit limit{options.file_size_limit, options.file_size_limit};
     setrlimit(RLIMIT_FSIZE, &limit);
   }
   if (options.small_disk_bytes != 0) run_on_small_disk(words.data(), options);
-  execv(words[0], words.data());
+  execvp(words[0], words.data());
   _exit(76);
 }
 

@@ -31,6 +31,7 @@ struct ProcessOptions {
   /// listed in Outcome::out, each on a line after "entry ". Exit status 77: this system does not let us mount.
   std::uint64_t small_disk_bytes = 0;
   std::filesystem::path small_disk = {};
+  std::vector<std::string> launcher = {};  // words before the program: mpirun and its options
 };
 
 /// The program under test, started with `arguments`.
@@ -42,6 +43,7 @@ class Process {
   Process& operator=(const Process&) = delete;
 
   void kill(int signal) const;
+  pid_t pid() const { return pid_; }  // -1 once it has ended
   bool has_ended();
   /// Kills the process, and fails the test, when it does not end within five minutes.
   Outcome wait();

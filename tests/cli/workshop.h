@@ -20,8 +20,8 @@ Listing list_files(const std::filesystem::path& folder);
 
 class Workshop {
  public:
-  /// Makes train.h5, validation.h5 (bytes) and an untrained teacher of two layers in teacher/.
-  Workshop();
+  /// Makes train.h5, validation.h5 (bytes) and an untrained teacher of `layers` layers in teacher/.
+  explicit Workshop(int layers = 2);
 
   std::filesystem::path operator/(std::string_view name) const { return folder_ / name; }
   const std::filesystem::path& path() const { return folder_.path(); }
@@ -46,7 +46,8 @@ void expect_refusal(const Workshop& shop, int code, std::initializer_list<std::s
 /// Tensors, and everything else that decides how a run goes on, of two checkpoint folders: equal bit by bit.
 void expect_same_checkpoint(const std::filesystem::path& a, const std::filesystem::path& b);
 
-/// Lines of a metrics.jsonl but for those that say how a process ended, without times; each as one JSON text.
+/// Lines of a metrics.jsonl but for those that say how a process ended, without times and
+/// without traffic, which counts what a process says at its start and when a checkpoint is done; each as one JSON text.
 std::vector<std::string> read_metrics(const std::filesystem::path& file);
 /// Whole lines that report a step.
 int count_steps(const std::filesystem::path& metrics);

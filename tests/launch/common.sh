@@ -5,7 +5,12 @@ set -euo pipefail
 
 # shellcheck disable=SC2034  # used by those who source this
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../launch" && pwd)
-shop=$(mktemp -d)  # everything that a test makes; gone at its end
+# Everything that a test makes, gone at its end: files in memory where there is some, since on a busy disk each
+# checkpoint takes seconds; programs on disk, since that memory often holds none.
+shop=$(mktemp -d -p /dev/shm 2>/dev/null || mktemp -d)
+# shellcheck disable=SC2034  # used by those who source this
+programs=$(mktemp -d)
+export OMPI_MCA_btl_vader_backing_directory=$shop # of ranks' shared memory, which a killed job leaves behind
 # Waiting threads would take the cores from ranks that have work.
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 

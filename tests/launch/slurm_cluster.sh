@@ -1,6 +1,6 @@
-# Sourced. A Slurm cluster of this one machine, of this user, with its own munge: everything lies in one folder and on
-# ports of its own, so nothing of a Slurm that is already here is touched.
-# shellcheck shell=bash
+# Sourced after common.sh. A Slurm cluster of this one machine, of this user, with its own munge: everything lies in
+# folders and on ports of its own, so nothing of a Slurm that is already here is touched.
+# shellcheck shell=bash disable=SC2154
 
 # A TCP port of this machine that nobody listens on.
 free_port() {
@@ -18,7 +18,7 @@ start_cluster() {
   host=$(hostname -s)
   cluster=$(mktemp -d)
   chmod 755 "$cluster" # munge refuses a socket that not everybody can reach
-  mkdir "$cluster/state" "$cluster/spool"
+  mkdir "$cluster/spool" "$shop/slurm-state"
   (umask 077 && head -c 128 /dev/urandom >"$cluster/munge.key")
   : >"$cluster/plugstack.conf"
   cat >"$cluster/slurm.conf" <<CONF
@@ -31,7 +31,7 @@ AuthType=auth/munge
 AuthInfo=socket=$cluster/munge.socket,cred_expire=5
 SlurmctldPort=$(free_port)
 SlurmdPort=$(free_port)
-StateSaveLocation=$cluster/state
+StateSaveLocation=$shop/slurm-state
 SlurmdSpoolDir=$cluster/spool
 SlurmctldPidFile=$cluster/slurmctld.pid
 SlurmdPidFile=$cluster/slurmd.pid

@@ -12,7 +12,7 @@ clean_up() {
     pkill -KILL -s "$process" || true # mpirun and its ranks are a session
     kill -KILL "$process" 2>/dev/null || true
   done
-  rm -rf "$shop"
+  rm -rf "$shop" "$programs"
 }
 trap clean_up EXIT
 make_job 60 60
@@ -25,13 +25,13 @@ start() {
   started="$started $pid"
 }
 finish() { # FOLDER EXIT_STATUS: waits for the job of `start`
-  wait_for 120 has_ended "$pid" || problem "the job did not end" "$shop/$1/log"
+  wait_for 300 has_ended "$pid" || problem "the job did not end" "$shop/$1/log"
   code=0
   wait "$pid" 2>/dev/null || code=$? # without the shell's own line about a killed process
   [ "$code" = "$2" ] || problem "exit status $code, expected $2" "$shop/$1/log"
 }
 progress() { # FOLDER STEPS: waits until the job has made them, then sets mpirun to its process
-  wait_for 60 has_steps "$shop/$1" "$2" || problem "the job made no $2 steps" "$shop/$1/log"
+  wait_for 200 has_steps "$shop/$1" "$2" || problem "the job made no $2 steps" "$shop/$1/log"
   mpirun=$(pgrep -P "$pid" -f 'mpirun .* train ') || problem "the job was over too soon" "$shop/$1/log"
   started="$started $mpirun"
 }
@@ -53,7 +53,7 @@ start killed
 progress killed 3
 kill -KILL "$(ranks_of "$mpirun" | tail -n 1)"
 progress_after() { has_line "$shop/killed/log" 'restart 1 of 3' && has_steps "$shop/killed" 45; }
-wait_for 60 progress_after || problem "no restart" "$shop/killed/log"
+wait_for 200 progress_after || problem "no restart" "$shop/killed/log"
 progress killed 45
 kill -KILL "$(ranks_of "$mpirun" | head -n 1)"
 finish killed 0
@@ -65,7 +65,7 @@ start orphaned
 progress orphaned 15
 kill -KILL "$mpirun"
 first=$mpirun
-wait_for 60 has_line "$shop/orphaned/log" 'restart 1 of 3' || problem "no restart" "$shop/orphaned/log"
+wait_for 200 has_line "$shop/orphaned/log" 'restart 1 of 3' || problem "no restart" "$shop/orphaned/log"
 ! ranks_of "$first" >/dev/null || problem "ranks of the first job still run" "$shop/orphaned/log"
 finish orphaned 0
 expect_finished orphaned
@@ -86,27 +86,33 @@ start abandoned
 progress abandoned 15
 kill -KILL "$pid"
 finish abandoned 137
-wait_for 60 has_ended "$mpirun" || problem "the job of a killed launcher goes on" "$shop/abandoned/log"
+wait_for 200 has_ended "$mpirun" || problem "the job of a killed launcher goes on" "$shop/abandoned/log"
 [ "$(status_of "$shop/abandoned")" = unfinished ] || problem "the run was not stopped" "$shop/abandoned/log"
 start abandoned
 finish abandoned 0
 expect_finished abandoned
 
-echo "$SECONDS s: a host is lost"
+echo "$SECONDS s: two hosts: told to stop, then one is lost"
 # Two hosts, reached by a stand-in for ssh. Both are this machine: without folders of their own and with
 # shared memory their daemons and ranks would overwrite each other's files.
-cat >"$shop/reach" <<'SCRIPT'
+cat >"$programs/reach" <<'SCRIPT'
 #!/usr/bin/env bash
 export TMPDIR=$0.$1
 mkdir -p "$TMPDIR"
 exec bash -c "${*:2}"
 SCRIPT
-chmod +x "$shop/reach"
-export OMPI_MCA_plm_rsh_agent=$shop/reach OMPI_MCA_btl=self,tcp
+chmod +x "$programs/reach"
+export OMPI_MCA_plm_rsh_agent=$programs/reach OMPI_MCA_btl=self,tcp
 printf 'one slots=%d\ntwo slots=%d\n' $(((ranks + 1) / 2)) $((ranks / 2)) >"$shop/hosts"
 start lost --hostfile "$shop/hosts"
 progress lost 15
-daemon=$(pgrep -n -f "orted .*$shop/reach") || problem "no second host" "$shop/lost/log"
+kill -TERM "$pid"
+finish lost 0
+[ "$(status_of "$shop/lost")" = unfinished ] || problem "the run was not stopped" "$shop/lost/log"
+stopped_at=$(steps_of "$shop/lost")
+start lost --hostfile "$shop/hosts"
+progress lost $((stopped_at + 10))
+daemon=$(pgrep -n -f "orted .*$programs/reach") || problem "no second host" "$shop/lost/log"
 kill -KILL "$daemon"
 finish lost 0
 expect_line "$shop/lost/log" '^launch: a rank or a host was lost .*; restart 1 of 3'
@@ -116,7 +122,8 @@ unset OMPI_MCA_plm_rsh_agent OMPI_MCA_btl
 echo "$SECONDS s: an error that would come again, and one too many of the others"
 mkdir "$shop/wrong"
 code=0
-(cd "$shop/wrong" && "$launch/mpirun.sh" -n "$ranks" "$shop/job.toml" --set run.nonsense=1) >"$shop/wrong/log" 2>&1 || code=$?
+(cd "$shop/wrong" && "$launch/mpirun.sh" -n "$ranks" "$shop/job.toml" --set run.nonsense=1) \
+  >"$shop/wrong/log" 2>&1 || code=$?
 [ "$code" = 3 ] || problem "a wrong key: exit status $code, expected 3" "$shop/wrong/log"
 expect_line "$shop/wrong/log" '^error: .*run.nonsense'
 ! grep -q 'restart' "$shop/wrong/log" || problem "a wrong key: restarted" "$shop/wrong/log"

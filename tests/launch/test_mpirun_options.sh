@@ -4,13 +4,13 @@
 DELTAPIPE=/bin/true  # the stand-in never starts it
 # shellcheck source=tests/launch/common.sh
 . "$(dirname "$0")/common.sh"
-trap 'rm -rf "$shop"' EXIT
+trap 'rm -rf "$shop" "$programs"' EXIT
 
 # Writes its arguments to calls, one call a line, and ends with the next exit status of the file codes (0 when none is
 # left); a status of "wait" stands for a job that ends well when it is signalled.
-cat >"$shop/mpirun" <<'SCRIPT'
+cat >"$programs/mpirun" <<'SCRIPT'
 #!/usr/bin/env bash
-cd "$(dirname "$0")"
+cd "$SHOP"
 echo "$*" >>calls
 code=$(head -n 1 codes 2>/dev/null)
 sed -i 1d codes 2>/dev/null
@@ -24,8 +24,8 @@ fi
 [ "$code" = crash ] && kill -SEGV $$
 exit "${code:-0}"
 SCRIPT
-chmod +x "$shop/mpirun"
-export MPIRUN=$shop/mpirun DELTAPIPE
+chmod +x "$programs/mpirun"
+export MPIRUN=$programs/mpirun SHOP=$shop DELTAPIPE
 
 # run "EXIT STATUSES OF THE JOBS" ARGUMENTS...: sets `code`, leaves output in $shop/out
 run() {
@@ -50,7 +50,10 @@ expect_line "$shop/calls" ' -n 1 /bin/true train job.toml --set run.seed=4 --res
 [ ! -s "$shop/out" ] || problem "something was said about a job that ended well" "$shop/out"
 run 0 -n 100000 -- job.toml
 expect 0 1
-expect_line "$shop/calls" '^--oversubscribe --bind-to none --mca mpi_yield_when_idle 1 -n 100000 /bin/true train job.toml'
+expect_line "$shop/calls" '^--oversubscribe --mca mpi_yield_when_idle 1 --bind-to none -n 100000 /bin/true train '
+OMPI_MCA_hwloc_base_binding_policy=socket run 0 job.toml
+expect 0 1
+expect_line "$shop/calls" '^--oversubscribe -n 1 '
 printf 'one slots=2\ntwo slots=2\n' >"$shop/hosts"
 NCCL_DEBUG=WARN run 0 --hostfile "$shop/hosts" job.toml
 expect 0 1
@@ -118,7 +121,7 @@ for signal in TERM INT HUP USR1; do
   expect_line "$shop/signals" '^USR1$'
   expect_line "$shop/out" "^launch: SIG$signal: the job finishes its step"
 done
-sed -i "s/exit 0' USR1/' USR1/" "$shop/mpirun"
+sed -i "s/exit 0' USR1/' USR1/" "$programs/mpirun"
 rm -f "$shop/calls" "$shop/signals"
 echo wait >"$shop/codes"
 "$launch/mpirun.sh" job.toml >"$shop/out" 2>&1 &

@@ -8,7 +8,7 @@ mesh=("${@:2}")
 . "$(dirname "$0")/common.sh"
 # shellcheck source=tests/launch/slurm_cluster.sh
 . "$(dirname "$0")/slurm_cluster.sh"
-trap 'stop_cluster; rm -rf "$shop"' EXIT
+trap 'stop_cluster; rm -rf "$shop" "$programs"' EXIT
 "$launch/../tools/bootstrap.sh" --slurm || { echo "SKIPPED: Slurm cannot be installed here"; exit 77; }
 
 start_cluster "$ranks"
@@ -32,7 +32,7 @@ expect_state() { # FOLDER STATE SECONDS
 }
 expect_status() { [ "$(status_of "$shop/$1")" = "$2" ] || problem "the run is not $2" "$shop/$1/log"; }
 expect_line() { has_line "$shop/$1/log" "$2" || problem "no line matches '$2'" "$shop/$1/log"; }
-expect_steps() { wait_for 60 has_steps "$shop/$1" "$2" || problem "no $2 steps" "$shop/$1/log"; }
+expect_steps() { wait_for 200 has_steps "$shop/$1" "$2" || problem "no $2 steps" "$shop/$1/log"; }
 signal_ranks() { # each of them, from outside
   local pids
   pids=$(scontrol listpids "$job" | awk '$4 ~ /^[0-9]+$/ && $3 != "batch" { print $1 }')
@@ -43,20 +43,20 @@ signal_ranks() { # each of them, from outside
 
 echo "$SECONDS s: a job that nothing disturbs"
 submit whole --
-expect_state whole COMPLETED 120
+expect_state whole COMPLETED 300
 expect_status whole finished
 expect_line whole "^launch: job $job, start 1, $ranks ranks on .*: unfinished 0/120 -\$"
 
 echo "$SECONDS s: a time limit: the signal before it, a checkpoint, another start in the same log"
 # Slurm looks at time limits twice a minute and signals up to a minute early. So that the tiny job does not end before,
 # its ranks stand still until the signal is on its way.
-submit limited --time=1 --signal=B:USR1@20 --
+submit limited --time=2 --signal=B:USR1@70 --
 expect_steps limited 15
 signal_ranks STOP
-wait_for 70 has_line "$shop/limited/log" '^launch: SIGUSR1, the time limit is near' ||
+wait_for 100 has_line "$shop/limited/log" '^launch: SIGUSR1, the time limit is near' ||
   problem "no signal before the time limit" "$shop/limited/log" "$cluster/slurmctld.log"
 signal_ranks CONT
-expect_state limited COMPLETED 120
+expect_state limited COMPLETED 300
 expect_status limited finished
 is Restarts 0 && problem "the job was not queued again" "$shop/limited/log"
 expect_line limited '^launch: the job is queued again: unfinished [1-9][0-9]*/120 '
@@ -67,16 +67,16 @@ echo "$SECONDS s: scancel: a checkpoint, no other start; the next job goes on"
 submit cancelled --
 expect_steps cancelled 15
 scancel "$job"
-expect_state cancelled CANCELLED 60
-wait_for 30 node_is_idle || problem "the ranks go on" "$shop/cancelled/log"
+expect_state cancelled CANCELLED 100
+wait_for 60 node_is_idle || problem "the ranks go on" "$shop/cancelled/log"
 expect_status cancelled unfinished
 has_steps "$shop/cancelled" 15 || problem "the steps of a cancelled job are lost" "$shop/cancelled/log"
 submit cancelled --
-expect_state cancelled COMPLETED 120
+expect_state cancelled COMPLETED 300
 expect_same_weights "$shop/whole" "$shop/cancelled"
 
 echo "$SECONDS s: a limit too short for one step: held, not started again and again"
-cat >"$shop/slow" <<SCRIPT
+cat >"$programs/slow" <<SCRIPT
 #!/usr/bin/env bash
 if [ "\$1" = train ] && [ "\${SLURM_RESTART_COUNT:-0}" = 0 ]; then
   touch "$shop/held/started"
@@ -84,23 +84,23 @@ if [ "\$1" = train ] && [ "\${SLURM_RESTART_COUNT:-0}" = 0 ]; then
 fi
 exec "$DELTAPIPE" "\$@"
 SCRIPT
-chmod +x "$shop/slow"
-DELTAPIPE=$shop/slow submit held --
-wait_for 30 test -f "$shop/held/started" || problem "the job did not start" "$shop/held/log"
+chmod +x "$programs/slow"
+DELTAPIPE=$programs/slow submit held --
+wait_for 100 test -f "$shop/held/started" || problem "the job did not start" "$shop/held/log"
 scancel --batch --signal=USR1 "$job"
-expect_state held PENDING 60
+expect_state held PENDING 100
 expect_line held '^launch: not one step was made within this time limit, the job is held'
 is Priority 0 || problem "the job is not held" "$shop/held/log"
 scontrol release "$job"
-expect_state held COMPLETED 120
+expect_state held COMPLETED 300
 expect_same_weights "$shop/whole" "$shop/held"
 
 echo "$SECONDS s: a wrong configuration: one line, no other start"
 submit wrong -- --set run.nonsense=1
-expect_state wrong FAILED 60
+expect_state wrong FAILED 100
 is ExitCode 3:0 || problem "exit status $(field ExitCode), expected 3:0" "$shop/wrong/log"
 [ "$(grep -c '^error: .*run.nonsense' "$shop/wrong/log")" = 1 ] || problem "not one line" "$shop/wrong/log"
 submit refused -- --restart
-expect_state refused FAILED 60
+expect_state refused FAILED 100
 is ExitCode 2:0 || problem "exit status $(field ExitCode), expected 2:0" "$shop/refused/log"
 expect_line refused '^launch: --restart is for a single start'

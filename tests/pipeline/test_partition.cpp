@@ -100,10 +100,10 @@ TEST(Partition, ExplicitList) {
   };
   EXPECT_EQ(complaint({9, 9, 9, 9}), "");
   EXPECT_EQ(complaint({12, 12, 12}),
-            "layers a stage: found 3 numbers [12, 12, 12], accepted: one for each of 4 virtual stages");
-  EXPECT_EQ(complaint({9, 9, 9, 8}), "layers a stage: found [9, 9, 9, 8], which add up to 35, accepted: a sum of 36");
-  EXPECT_EQ(complaint({18, 0, 9, 9}), "layers a stage: found [18, 0, 9, 9], accepted: numbers from 1 to 36");
-  EXPECT_EQ(complaint({20, -2, 9, 9}), "layers a stage: found [20, -2, 9, 9], accepted: numbers from 1 to 36");
+            "pipeline.layers: found 3 numbers [12, 12, 12], accepted: one for each of 4 virtual stages");
+  EXPECT_EQ(complaint({9, 9, 9, 8}), "pipeline.layers: found [9, 9, 9, 8], which add up to 35, accepted: a sum of 36");
+  EXPECT_EQ(complaint({18, 0, 9, 9}), "pipeline.layers: found [18, 0, 9, 9], accepted: numbers from 1 to 36");
+  EXPECT_EQ(complaint({20, -2, 9, 9}), "pipeline.layers: found [20, -2, 9, 9], accepted: numbers from 1 to 36");
 }
 
 TEST(Partition, CostModelAddsUp) {

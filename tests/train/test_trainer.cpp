@@ -57,6 +57,11 @@ TrainingPlan plan_of(const std::string& stages, const std::string& settings = "[
   return make_training_plan(config, student, with_teacher ? &teacher : nullptr);
 }
 
+/// After its configuration was changed: schedules and all else follow from that.
+TrainingPlan planned_again(const TrainingPlan& plan) {
+  return make_training_plan(plan.config, plan.student, plan.teacher_spec());
+}
+
 /// A trainer in memory of measured size, with random weights and random documents to train on.
 class TinyTraining {
  public:
@@ -126,7 +131,7 @@ TEST(Trainer, MicrobatchesAddUpToTheBatch) {
     TrainingPlan plan = plan_of(stage("s", loss));
     TinyTraining four(plan);
     plan.config.stages[0].microbatch_sequences = 8;
-    TinyTraining one(plan);
+    TinyTraining one(planned_again(plan));
     const StepReport a = four.step(3), b = one.step(3);
     ASSERT_TRUE(a.applied && b.applied);
     // The same sums of doubles in another order.
@@ -147,7 +152,7 @@ TEST(Trainer, TheLossIsAMeanOverUnmaskedTokensOfTheWholeBatch) {
   double sum = 0, tokens = 0;
   TrainingPlan single = plan_of(stage("s", "ce = 1.0"));
   single.config.stages[0].batch_sequences = single.config.stages[0].microbatch_sequences = 1;
-  TinyTraining alone(single);
+  TinyTraining alone(planned_again(single));
   const Contents start = alone.weights();
   for (int i = 0; i < 8; ++i) {
     for (Parameter& p : alone.parameters().all())
