@@ -10,9 +10,9 @@ Reads RUN_DIR/metrics.jsonl: one JSON object a line. A line with "eval": true is
 other numeric key gets a panel of its own. A resumed run may repeat steps: lines written later replace what they repeat.
 top1_agreement is a fraction.
 
-A trace (what a run with trace.steps writes) is drawn below as the pipeline's timeline, a row a rank. A rank idles where it
-is in no task and no phase of the optimizer, and where it waits for a message between stages or for all ranks; its share
-of the traced steps stands beside its row. Messages within a sequence and of gradients count as work.
+A trace (what a run with trace.steps writes) is drawn below as the pipeline's timeline, a row a rank. A rank idles where
+it is in no task and no phase of the optimizer, and where it waits for a message between stages or for all ranks; its
+share of the traced steps stands beside its row. Messages within a sequence and of gradients count as work.
 
 Needs matplotlib (3.6 or newer), no display. Errors are one line, exit status 1.
 """
@@ -281,8 +281,8 @@ def draw_timeline(axes, ranks):
             text = f"{microbatch}{chr(ord('a') + chunk)}" if rank_has_chunks(rank) else f"{microbatch}"
             if (span[1] - span[0]) / (end - begin) > 0.006 * len(text):
                 x, width = place(span)
-                axes.text(x + width / 2, row, text, ha="center", va="center", fontsize=6, color=TASKS[kind][2], zorder=3,
-                          clip_on=True)
+                axes.text(x + width / 2, row, text, ha="center", va="center", fontsize=6, color=TASKS[kind][2],
+                          zorder=3, clip_on=True)
         axes.text(1.005, row, f"idle {100 * rank.idle:.1f} %", va="center", fontsize=8,
                   transform=axes.get_yaxis_transform())
     for step in steps:
@@ -297,8 +297,8 @@ def draw_timeline(axes, ranks):
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     traced = sorted(set().union(*(r.steps for r in ranks.values())))
-    axes.set_title(f"Timeline of the ranks (traced: steps {traced[0]} to {traced[-1]}; numbers: microbatches)", loc="left",
-                   fontweight="bold", pad=16)
+    axes.set_title(f"Timeline of the ranks (traced: steps {traced[0]} to {traced[-1]}; numbers: microbatches)",
+                   loc="left", fontweight="bold", pad=16)
     from matplotlib.patches import Patch
     entries = {TASKS[k][0]: Patch(facecolor=TASKS[k][1], label=TASKS[k][0]) for k in TASKS if k in seen}
     axes.legend(handles=list(entries.values()), loc="upper left", bbox_to_anchor=(0, -0.6 / (0.35 * len(ranks) + 0.3)),
@@ -481,7 +481,8 @@ class Report:
 
 def main():
     parser = argparse.ArgumentParser(description="Draw the metrics of a run.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl, and perhaps trace.json")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR",
+                        help="folder that holds metrics.jsonl, and perhaps trace.json")
     parser.add_argument("--out", type=Path, help="picture to write: .png, .svg or .pdf (default: RUN_DIR/report.png)")
     parser.add_argument("--trace", type=Path, help="timeline to draw (default: RUN_DIR/trace.json, when there is one)")
     arguments = parser.parse_args()
