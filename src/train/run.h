@@ -23,8 +23,9 @@ struct RunOptions {
   bool restart = false;
 };
 
-/// Run folder: config.toml (resolved), metrics.jsonl, checkpoints/step-N/. Throws the typed errors of core/error.h;
-/// NumericError after optimizer.max_skipped_steps non-finite steps in a row.
+/// Run folder: config.toml (resolved), metrics.jsonl, checkpoints/step-N/, and lock, a file held (FileLock) while a job
+/// runs: another job waits for it for half of mesh.timeout_s, then throws UsageError. Throws the typed errors of
+/// core/error.h; NumericError after optimizer.max_skipped_steps non-finite steps in a row.
 ///
 /// Every rank of `runtime` calls it with the same arguments and has the result. An error that every rank sees or that
 /// one rank has while setting up or writing a checkpoint is thrown on all (MpiRuntime::together); any other leaves the
