@@ -5,7 +5,7 @@
 // core accumulators that always hold values relative to one anchor token and are rescaled channel by channel when the
 // anchor moves: by_q and by_b walk from the chunk's start through the blocks up to their own, by_k from the chunk's end
 // down.
-#include "kernels/cuda/kda_gradients.cuh"
+#include "kernels/cuda/kda_gradients_rows.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {

@@ -138,7 +138,8 @@ def all_cases(lib, quick=False):
             (f'K {K}, beta near 1, decay near none', 32, dict(S=1, L=500, H=2, K=K, dt_mean=-25.0, b_mean=12.0)),
             (f'K {K}, keys alike', 32, dict(S=1, L=300, H=2, K=K, dt_mean=-6.0, same_keys=1.0)),
         ]
-    plan += [('length 4096', 32, dict(S=1, L=4096, H=2, K=128)),
+    plan += [('20 heads', 32, dict(S=1, L=200, H=20, K=128)), ('72 heads', 32, dict(S=6, L=300, H=12, K=128)),
+             ('length 4096', 32, dict(S=1, L=4096, H=2, K=128)),
              ('length 4096, bounded gate', 32, dict(S=1, L=4096, H=2, K=128, bound=-5.0)),
              ('length 32768, decay near none', 32, dict(S=1, L=32768, H=2, K=128, dt_mean=-15.0))]
     if quick:
