@@ -24,7 +24,7 @@ root=runs/quickstart
 deltapipe=build/cpu/bin/deltapipe
 
 say "Installing what is missing and building"
-tools/bootstrap.sh
+tools/bootstrap.sh --plots
 tools/build.sh cpu deltapipe
 mkdir -p "$root/data"
 
@@ -70,7 +70,7 @@ say "Resumed from the checkpoint that the signal left"
 launch/mpirun.sh -n 4 configs/quickstart.toml
 
 say "Losses, and the timeline of two steps as they ran"
-python3 tools/report.py "$root/student" --out "$root/report.png"
+/usr/bin/python3 tools/report.py "$root/student" --out "$root/report.png"
 
 say "Measured on text that neither has seen"
 "$deltapipe" eval "$root/student/checkpoints/latest" --json "$root/end.json"

@@ -4,6 +4,7 @@
 #
 #   tools/bootstrap.sh            build and run
 #   tools/bootstrap.sh --dev      also clang-format and clang-tidy
+#   tools/bootstrap.sh --plots    also matplotlib, for tools/report.py
 #   tools/bootstrap.sh --slurm    also Slurm, for the tests that start one on this machine
 #   tools/bootstrap.sh --cuda     also the headers of cudnn-frontend, from PyPI, into ~/.cache/deltapipe. The driver, the
 #                                 CUDA toolkit, cuDNN 9 and NCCL come from NVIDIA's packages and are left to the machine.
@@ -19,9 +20,10 @@ cuda=false
 for argument in "$@"; do
   case "$argument" in
     --dev) packages+=(clang-format clang-tidy) ;;
+    --plots) packages+=(python3-matplotlib) ;;
     --slurm) packages+=(slurmctld slurmd slurm-client munge) ;;
     --cuda) cuda=true ;;
-    *) echo "bootstrap: unknown option '$argument'; accepted: --dev, --slurm, --cuda" >&2; exit 2 ;;
+    *) echo "bootstrap: unknown option '$argument'; accepted: --dev, --plots, --slurm, --cuda" >&2; exit 2 ;;
   esac
 done
 

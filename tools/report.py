@@ -497,7 +497,7 @@ def main():
     try:
         import matplotlib
     except ImportError:
-        raise ReportError("matplotlib is missing: apt-get install python3-matplotlib or pip install it") from None
+        raise ReportError("matplotlib is missing: tools/bootstrap.sh --plots installs it") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

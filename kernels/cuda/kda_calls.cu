@@ -84,7 +84,7 @@ cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_
   Carver carver(workspace);
   const BackwardWorkspace w(carver, p);
   const ForwardScan states{
-      .records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new, .beside = true};
+      .records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new, .beside = false};
   const ReverseScan dstates{.records = w.records,
                             .d_o = d_o,
                             .dstate_out = dstate_out,

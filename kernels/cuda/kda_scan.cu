@@ -427,6 +427,10 @@ cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stre
                 sizeof(ReverseShared<K>), false, stream, p, s);
 }
 
+/// Two runs of the split scans of backward gave different bits (README.md, version 7): until that is understood the
+/// others run.
+constexpr bool split_backward = false;
+
 /// Blocks of threads of a split scan.
 int split_blocks(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice); }
 
@@ -435,12 +439,15 @@ int split_blocks(const Problem& p) { return p.segments * p.heads * p.head_dim / 
 // Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
 // threads takes half as many columns.
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  if (s.m == nullptr && (s.beside ? 2 : 1) * split_blocks(p) <= processors()) return scan_forward_split(p, s, stream);
+  if (s.m == nullptr && (s.states == nullptr || split_backward) &&
+      (s.beside ? 2 : 1) * split_blocks(p) <= processors()) {
+    return scan_forward_split(p, s, stream);
+  }
   return p.head_dim == 128 ? forward_of<128>(p, s, stream) : forward_of<64>(p, s, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (split_blocks(p) <= processors()) return scan_reverse_split(p, s, stream);
+  if (split_backward && split_blocks(p) <= processors()) return scan_reverse_split(p, s, stream);
   return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
 }
 
