@@ -342,7 +342,8 @@ MpiCommunicator::MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm co
 }
 
 MpiCommunicator::~MpiCommunicator() {
-  if (comm_ == MPI_COMM_NULL || failed_ || std::uncaught_exceptions() > 0 || !mpi_is_up()) return;  // freeing may wait for the other ranks
+  if (comm_ == MPI_COMM_NULL || failed_ || std::uncaught_exceptions() > 0 || !mpi_is_up())
+    return;  // freeing may wait for the other ranks
   MPI_Comm_free(&comm_);
 }
 
@@ -472,8 +473,8 @@ std::unique_ptr<Communicator> split_world(const std::shared_ptr<Progress>& progr
 
 std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis) {
   if (size == 1) return std::make_unique<SingleRank>(axis);
-  return std::make_unique<MpiCommunicator>(std::make_shared<Progress>(CommunicationSettings{}), MPI_COMM_NULL, rank, size,
-                                           axis);
+  return std::make_unique<MpiCommunicator>(std::make_shared<Progress>(CommunicationSettings{}), MPI_COMM_NULL, rank,
+                                           size, axis);
 }
 
 }  // namespace deltapipe

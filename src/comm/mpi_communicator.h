@@ -27,8 +27,8 @@ bool mpi_is_up();
 std::unique_ptr<Communicator> split_world(const std::shared_ptr<Progress>& progress, int color, int key,
                                           const std::string& axis);
 
-/// Rank `rank` of `size` ranks that do not exist: for dry streams alone, on which it takes the same workspace as the real
-/// one; anything else throws InternalError.
+/// Rank `rank` of `size` ranks that do not exist: for dry streams alone, on which it takes the same workspace as the
+/// real one; anything else throws InternalError.
 std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis);
 
 }  // namespace deltapipe

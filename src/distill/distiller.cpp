@@ -83,8 +83,7 @@ void Distiller::forward_student(const Context& c, StudentState& state, Arena& ke
   for (std::size_t i = 0; i < layers; ++i) {
     const auto scope = c.workspace.scope();
     student_->block(student_->range().first + static_cast<std::int64_t>(i))
-        .forward(c, state.batch, state.hidden[i], state.hidden[i + 1], state.saved[i],
-                 recompute_ ? c.workspace : keep);
+        .forward(c, state.batch, state.hidden[i], state.hidden[i + 1], state.saved[i], recompute_ ? c.workspace : keep);
   }
 }
 

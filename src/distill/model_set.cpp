@@ -8,13 +8,13 @@ namespace deltapipe {
 
 ArenaSet ArenaSet::measuring(Device device) {
   const auto arena = [&](const char* name) { return Arena::measuring(name, device); };
-  return {arena("student weights"), arena("teacher weights"), arena("gradients"), arena("optimizer"),
+  return {arena("student weights"), arena("teacher weights"), arena("gradients"),     arena("optimizer"),
           arena("batch"),           arena("activations"),     arena("communication"), arena("workspace")};
 }
 
 ArenaSet ArenaSet::reserve() const {
   const auto real = [](const Arena& a) { return Arena(a.name(), a.peak(), a.device()); };
-  return {real(student), real(teacher),     real(gradients), real(optimizer),
+  return {real(student), real(teacher),     real(gradients),     real(optimizer),
           real(batch),   real(activations), real(communication), real(workspace)};
 }
 

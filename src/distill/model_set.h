@@ -17,11 +17,11 @@ struct ArenaSet {
   Arena student;  // weights
   Arena teacher;  // weights
   Arena gradients;
-  Arena optimizer;    // moments, and master weights where they differ from the weights
-  Arena batch;        // tokens, labels, document starts, positions; loss sums
-  Arena activations;  // what forward keeps for backward
+  Arena optimizer;      // moments, and master weights where they differ from the weights
+  Arena batch;          // tokens, labels, document starts, positions; loss sums
+  Arena activations;    // what forward keeps for backward
   Arena communication;  // what is on its way to other ranks
-  Arena workspace;    // scratch inside one call
+  Arena workspace;      // scratch inside one call
 
   static ArenaSet measuring(Device device);
   /// Takes memory of the peaks that this set measured.

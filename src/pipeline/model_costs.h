@@ -1,5 +1,5 @@
-// What layers cost, estimated from their sizes: for partitions and simulated schedules before anything has run. Only the
-// ratios matter to either; seconds are those of a device of the given speed.
+// What layers cost, estimated from their sizes: for partitions and simulated schedules before anything has run. Only
+// the ratios matter to either; seconds are those of a device of the given speed.
 #pragma once
 
 #include "model/spec.h"

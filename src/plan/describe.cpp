@@ -78,9 +78,9 @@ std::string describe_memory(const RunPlan& plan) {
     row.push_back(mebibytes(most->total()));
     rows.push_back(row);
   }
-  return fmt::format("memory in MiB (student, teacher: weights){}\n", mesh.data * mesh.sequence > 1
-                                              ? ", of the rank that needs most among those of a pipeline rank"
-                                              : "") +
+  return fmt::format(
+             "memory in MiB (student, teacher: weights){}\n",
+             mesh.data * mesh.sequence > 1 ? ", of the rank that needs most among those of a pipeline rank" : "") +
          to_table(rows, 1);
 }
 

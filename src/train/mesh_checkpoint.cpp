@@ -53,10 +53,9 @@ void MeshCheckpointWriter::write(const TrainingState& state, std::span<const Ten
     offset += aligned(s.data.bytes());
   }
   state_ = state;
-  pending_ = std::async(std::launch::async, [folder = partial_folder(dir_, state.step), rank = runtime_.rank(),
-                                             copies = std::move(copies)] {
-    return write_rank_file(folder, rank, copies);
-  });
+  pending_ =
+      std::async(std::launch::async, [folder = partial_folder(dir_, state.step), rank = runtime_.rank(),
+                                      copies = std::move(copies)] { return write_rank_file(folder, rank, copies); });
 }
 
 bool MeshCheckpointWriter::is_done() const {

@@ -16,8 +16,8 @@ namespace deltapipe {
 std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const Optimizer& optimizer,
                                          const std::function<bool(const ParameterSpec&)>& owns, bool writes_frozen);
 
-/// Reads all of it back, the number of updates included; of trained weights this rank's shard alone. Throws FormatError when the checkpoint lacks a tensor or has
-/// it in another shape.
+/// Reads all of it back, the number of updates included; of trained weights this rank's shard alone. Throws FormatError
+/// when the checkpoint lacks a tensor or has it in another shape.
 void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer);
 
 /// The student's weights alone, from either group, converted to the parameters' dtypes.

@@ -58,8 +58,8 @@ void fill(const ParameterSpec& p, const Tensor& out) {
 }
 
 Config config_of(const MeshCase& c, DType dtype) {
-  const std::string losses = c.aligns ? "mixer_mse = 1.0"
-                                      : "ce = 0.2\nkl = 0.5\njsd = 0.2\nhidden_cosine = 0.5\nhidden_mse = 0.05";
+  const std::string losses =
+      c.aligns ? "mixer_mse = 1.0" : "ce = 0.2\nkl = 0.5\njsd = 0.2\nhidden_cosine = 0.5\nhidden_mse = 0.05";
   const std::string text = fmt::format(
       "[run]\ndtype = '{}'\n[teacher]\npath = '-'\n[data]\ntrain = '-'\nvalidation = '-'\n"
       "[mesh]\nlayout = '{}'\n[pipeline]\nschedule = '{}'\nchunks = {}\nteacher = '{}'\n"
@@ -95,8 +95,7 @@ MeshJob::MeshJob(const MeshCase& which, Mesh& mesh, DType dtype, std::int64_t la
     : mesh_(mesh), plan_(plan_of(which, dtype, layers)) {
   if (change) change(plan_);
   // Documents of 1 to 150 tokens: they begin, end and go on at cuts of segments and sequences.
-  write_dataset(folder_ / "tokens.h5", {"tiny", "none", vocabulary, -1, 22},
-                random_documents(5, 200, 150, vocabulary));
+  write_dataset(folder_ / "tokens.h5", {"tiny", "none", vocabulary, -1, 22}, random_documents(5, 200, 150, vocabulary));
   data_ = std::make_unique<TokenDataset>(folder_ / "tokens.h5");
   loader_ = std::make_unique<SequenceLoader>(*data_, which.length, 1, true);
   validation_ = std::make_unique<WindowReader>(*data_, which.length, true);

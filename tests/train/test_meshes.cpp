@@ -115,8 +115,8 @@ std::vector<MeshCase> meshes_of(int ranks) {
       for (const LayoutKind layout : {LayoutKind::contiguous, LayoutKind::zigzag}) {
         if (layout == LayoutKind::zigzag && sequence == 1) continue;
         c.layout = layout;
-        for (const auto& [schedule, chunks] : std::vector<std::pair<std::string, int>>{
-                 {"1f1b", 1}, {"interleaved", 2}, {"zero_bubble", 1}}) {
+        for (const auto& [schedule, chunks] :
+             std::vector<std::pair<std::string, int>>{{"1f1b", 1}, {"interleaved", 2}, {"zero_bubble", 1}}) {
           if (pipeline == 1 && schedule != "1f1b") continue;
           c.schedule = schedule;
           c.chunks = chunks;
@@ -308,7 +308,7 @@ TEST(Meshes, RandomLegalSchedulesChangeNothing) {
     c.schedule = c.chunks == 2 ? "interleaved" : "1f1b";
     c.recompute = seed % 5 == 1;
     const auto teacher = seed % 2 == 0 && ranks > 1 ? pipeline::Teacher::ahead : pipeline::Teacher::in_line;
-    const auto work = c.aligns ? pipeline::StudentWork::align
+    const auto work = c.aligns                    ? pipeline::StudentWork::align
                       : random.next_below(2) == 0 ? pipeline::StudentWork::split_backward
                                                   : pipeline::StudentWork::whole_backward;
     SCOPED_TRACE(c.name() + ", random schedule " + std::to_string(seed));
