@@ -202,23 +202,4 @@ void Distiller::align_through(const Context& c, const Objective& objective, doub
   kernels::add_in_place(c.stream, pair.rows(1, 2), slice(sums, LossSums::mixer_mse, LossSums::mixer_mse + 1));
 }
 
-void Distiller::train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
-                      const LossSums& sums, MicrobatchState& state, Arena& activations) const {
-  if (objective.aligns_mixers()) {
-    align_through(c, objective, token_weight, sums, batch, activations);
-    return;
-  }
-  const auto scope = activations.scope();
-  const TeacherState* teacher = nullptr;
-  if (objective.needs_teacher()) {
-    begin_teacher(batch, objective, state.teacher, activations);
-    forward_teacher(c, state.teacher);
-    teacher = &state.teacher;
-  }
-  begin_student(batch, state.student, activations, true);
-  forward_student(c, state.student, activations, true);
-  finish_forward(c, objective, token_weight, sums, teacher, state.student);
-  backward_student(c, objective, token_weight, sums, teacher, state.student);
-}
-
 }  // namespace deltapipe

@@ -50,12 +50,6 @@ class Distiller {
   const Transformer& student() const { return *student_; }
   const Transformer* teacher() const { return teacher_; }
 
-  /// The pieces in one call, over whole models: adds to the student's gradients and to `sums`. `token_weight` is 1 over
-  /// the unmasked tokens of the whole global batch. Activations are released on return; what `state` held before is of
-  /// no matter, and what it holds afterwards is void.
-  void train(const Context& c, const TokenBatch& batch, const Objective& objective, double token_weight,
-             const LossSums& sums, MicrobatchState& state, Arena& activations) const;
-
   /// Takes room for what the teacher leaves behind.
   void begin_teacher(const TokenBatch& batch, const Objective& objective, TeacherState& state, Arena& keep) const;
   void forward_teacher(const Context& c, TeacherState& state) const;

@@ -99,10 +99,12 @@ class Dependencies {
 };
 
 /// With stage s = the task's, i = its microbatch:
-///   teacher_forward(i, s)       teacher_forward(i, s - 1)
-///   forward(i, s)               forward(i, s - 1); on the last stage also teacher_forward(i, s): the head compares
-///   logits backward(_input)(i, s)      forward(i, s), backward(_input)(i, s + 1), teacher_forward(i, s): hidden-state
-///   losses backward_weight(i, s)       backward_input(i, s) align(i, s)                 teacher_forward(i, s)
+///   teacher_forward(i, s) needs teacher_forward(i, s - 1)
+///   forward(i, s) needs forward(i, s - 1); on the last stage, whose head compares logits, also teacher_forward(i, s)
+///   backward(i, s) and backward_input(i, s) need forward(i, s), the same of (i, s + 1), and for the losses on hidden
+///   states teacher_forward(i, s)
+///   backward_weight(i, s) needs backward_input(i, s)
+///   align(i, s) needs teacher_forward(i, s)
 /// The offset of a teacher forward passes to what it depends on; microbatches that the step before has run are
 /// included.
 Dependencies dependencies(const Schedule& schedule, int rank, const Task& task);

@@ -178,7 +178,7 @@ std::vector<RankMemoryUse> gather_memory(Communicator& world, const ArenaSet& pl
 /// Sent by all ranks since the last call, for the metrics.
 class TrafficMeter {
  public:
-  explicit TrafficMeter(Mesh& mesh) : mesh_(mesh) {}
+  explicit TrafficMeter(Mesh& mesh) : mesh_(mesh), workspace_(reserve_workspace(mesh)) {}
 
   std::vector<TrafficMetrics> measure() {
     std::array<double, 2 * entries> now{};
@@ -192,9 +192,8 @@ class TrafficMeter {
     std::array<double, 2 * entries> sent{};
     for (std::size_t i = 0; i < now.size(); ++i) sent[i] = now[i] - before_[i];
     before_ = now;
-    Arena workspace("traffic", std::size_t{1} << 20);
     mesh_[Axis::world].all_reduce_sum(Stream::cpu(), Tensor(sent.data(), DType::f64, {2 * entries}), Purpose::control,
-                                      workspace);
+                                      workspace_);
     std::vector<TrafficMetrics> list;
     for (std::size_t i = 0; i < entries; ++i) {
       if (sent[2 * i] == 0) continue;
@@ -206,7 +205,18 @@ class TrafficMeter {
 
  private:
   static constexpr std::size_t entries = axis_count * purpose_count;
+
+  /// What the sum over all ranks takes, whatever their number.
+  static Arena reserve_workspace(Mesh& mesh) {
+    Arena measured = Arena::measuring("traffic workspace");
+    std::array<double, 2 * entries> sent{};
+    mesh[Axis::world].all_reduce_sum(Stream::dry({}), Tensor(sent.data(), DType::f64, {2 * entries}), Purpose::control,
+                                     measured);
+    return Arena("traffic workspace", measured.peak());
+  }
+
   Mesh& mesh_;
+  Arena workspace_;
   std::array<double, 2 * entries> before_{};
 };
 

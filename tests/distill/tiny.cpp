@@ -46,7 +46,23 @@ void TinyJob::run(const Stream& stream, ArenaSet& arenas) {
   const double weight = token_weight != 0 ? token_weight
                         : stream.is_dry() ? 1.0
                                           : 1.0 / static_cast<double>(batch_->count_unmasked());
-  distiller.train(c, batch_->microbatch(0, sequences_), objective, weight, sums_, microbatch_, arenas.activations);
+  const TokenBatch batch = batch_->microbatch(0, sequences_);
+  if (objective.aligns_mixers()) {
+    distiller.align_through(c, objective, weight, sums_, batch, arenas.activations);
+    return;
+  }
+  const auto scope = arenas.activations.scope();
+  auto& [teacher_state, student_state] = microbatch_;
+  const TeacherState* teacher = nullptr;
+  if (objective.needs_teacher()) {
+    distiller.begin_teacher(batch, objective, teacher_state, arenas.activations);
+    distiller.forward_teacher(c, teacher_state);
+    teacher = &teacher_state;
+  }
+  distiller.begin_student(batch, student_state, arenas.activations, true);
+  distiller.forward_student(c, student_state, arenas.activations, true);
+  distiller.finish_forward(c, objective, weight, sums_, teacher, student_state);
+  distiller.backward_student(c, objective, weight, sums_, teacher, student_state);
 }
 
 void randomize(ParameterTable& table, std::uint64_t seed, const std::string& who) {
