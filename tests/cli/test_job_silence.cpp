@@ -65,8 +65,12 @@ TEST_F(JobSilence, WhileTheJobStarts) {
     std::this_thread::sleep_for(std::chrono::milliseconds(wait_ms));
     ASSERT_TRUE(job.kill(1, SIGSTOP));
     const Outcome o = job.wait();
-    EXPECT_TRUE(testing::job_fails_with(8, {"has waited 4 s for"}, o));
+    EXPECT_EQ(o.code, 8) << o;
     EXPECT_LT(job.seconds(), 4 + longest_after_timeout_s) << o;
+    // mpirun wakes the stopped rank before it ends it: that rank may find its own time over and say so too.
+    const auto lines = testing::error_lines(o);
+    EXPECT_TRUE(lines.size() == 1 || lines.size() == 2) << o;
+    for (const std::string& line : lines) EXPECT_NE(line.find("has waited 4 s for"), std::string::npos) << o;
   }
 }
 
