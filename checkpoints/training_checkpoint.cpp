@@ -1,5 +1,6 @@
 #include "checkpoints/training_checkpoint.h"
 
+#include "checkpoints/slice_buffer.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/log.h"
@@ -311,7 +312,8 @@ void abandon_checkpoint(const fs::path& dir, std::int64_t step) noexcept {
   }
 }
 
-CheckpointWriter::CheckpointWriter(fs::path dir, int keep) : dir_(std::move(dir)), keep_(keep) {
+CheckpointWriter::CheckpointWriter(fs::path dir, int keep)
+    : dir_(std::move(dir)), keep_(keep), buffer_(std::make_unique<SliceBuffer>()) {
   make_writable_folder(dir_);
 }
 
@@ -323,34 +325,10 @@ CheckpointWriter::~CheckpointWriter() {
   }
 }
 
-void CheckpointWriter::write(const TrainingState& state, std::span<const TensorSlice> slices) {
+void CheckpointWriter::write(const TrainingState& state, std::span<const TensorSlice> slices, const Stream& stream) {
   wait();
-  std::size_t needed = 0;
-  for (const TensorSlice& s : slices) {
-    check_slice(s);
-    needed += s.data.bytes();
-  }
-  if (needed > capacity_) {
-    buffer_.reset();  // first, so that two never stand side by side
-    capacity_ = 0;
-    try {
-      buffer_ = std::make_unique_for_overwrite<std::byte[]>(needed);
-    } catch (const std::bad_alloc&) {
-      fail<MemoryError>("checkpoint: no {} bytes of host memory for a copy of weights and optimizer states", needed);
-    }
-    capacity_ = needed;
-  }
-  constexpr std::int64_t block = std::int64_t{16} << 20;  // bytes: large against a thread's start, small for balance
-  std::vector<TensorSlice> copies(slices.begin(), slices.end());
-  std::byte* at = buffer_.get();
-  for (TensorSlice& s : copies) {
-    const auto* from = static_cast<const std::byte*>(s.data.data);
-    parallel_blocks(static_cast<std::int64_t>(s.data.bytes()), block, [&](std::int64_t begin, std::int64_t end) {
-      std::memcpy(at + begin, from + begin, static_cast<std::size_t>(end - begin));
-    });
-    s.data.data = at;
-    at += s.data.bytes();
-  }
+  for (const TensorSlice& s : slices) check_slice(s);
+  std::vector<TensorSlice> copies = buffer_->copy(slices, stream);
   pending_ = std::async(std::launch::async, [dir = dir_, keep = keep_, state, copies = std::move(copies)] {
     try {
       const FileRecord record = write_rank_file(begin_checkpoint(dir, state.step), 0, copies);

@@ -13,6 +13,7 @@
 
 #include "checkpoints/checkpoint_manifest.h"
 #include "core/hdf5.h"
+#include "core/stream.h"
 #include "core/tensor.h"
 
 #include <cstdint>
@@ -35,8 +36,10 @@ struct TensorSlice {
   Shape shape;        // of the whole tensor, at least one dimension
   std::int64_t begin = 0;
   std::int64_t end = 0;
-  Tensor data;  // end - begin elements in host memory
+  Tensor data;  // end - begin elements, on any device for the writers, in host memory for write_rank_file
 };
+
+class SliceBuffer;
 
 /// Writes checkpoints of a run of one rank in the background.
 class CheckpointWriter {
@@ -51,8 +54,8 @@ class CheckpointWriter {
 
   /// Waits for the previous write and rethrows its error (then nothing new is begun). Copies the slices into a buffer
   /// that later calls reuse, and returns: the memory they point to may change at once, the files follow. A step that
-  /// is there already is replaced.
-  void write(const TrainingState& state, std::span<const TensorSlice> slices);
+  /// is there already is replaced. `stream` is of the slices' device.
+  void write(const TrainingState& state, std::span<const TensorSlice> slices, const Stream& stream = Stream::cpu());
   /// Until the last write is on disk. Rethrows its error, once; its partial folder is gone then.
   void wait();
   bool is_writing() const;
@@ -60,8 +63,7 @@ class CheckpointWriter {
  private:
   std::filesystem::path dir_;
   int keep_;
-  std::unique_ptr<std::byte[]> buffer_;
-  std::size_t capacity_ = 0;
+  std::unique_ptr<SliceBuffer> buffer_;
   std::future<void> pending_;
 };
 

@@ -31,4 +31,24 @@ struct AdamWStep {
 void adamw(const Stream& stream, const AdamWStep& step, const Tensor& master, const Tensor& gradient,
            const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& param);
 
+/// Where the random bits of stochastic rounding come from. Element e of a parameter, counted in the whole parameter,
+/// takes them from r = philox(seed, stream + 0x9E3779B97F4A7C15 step, e / 2) of core/random.h, in words a = r[0] and
+/// b = r[1] where e is even, a = r[2] and b = r[3] where it is odd: the weight the low 16 bits of a, exp_avg the high
+/// ones, exp_avg_sq the low 16 bits of b. So they depend neither on how a parameter is sharded nor on the device.
+struct StochasticRounding {
+  std::uint64_t seed = 0;
+  std::uint64_t stream = 0;  // of the parameter: stream_of(name)
+  std::int64_t offset = 0;   // >= 0: index in the whole parameter of the first element given
+};
+
+/// The same update without a master copy. weights (w), exp_avg, exp_avg_sq: [n] bfloat16, updated in place; gradient
+/// [n] float32 is only read; nothing may overlap. Everything is computed in float32 from the values at rest, the weight
+/// with the moments before they are rounded, each sum of products by fused multiply-add, so that all devices give the
+/// same bits. Then each of the three is rounded stochastically: x between two neighbouring bfloat16 becomes the one
+/// farther from zero with probability (its distance to the nearer one over their spacing), by adding 16 random bits
+/// below the kept ones; the expected value is x itself. What a bfloat16 holds exactly stays, infinities and NaN too.
+/// Throws InternalError for wrong shapes, dtypes or constants.
+void adamw_bfloat16(const Stream& stream, const AdamWStep& step, const StochasticRounding& rounding,
+                    const Tensor& weights, const Tensor& gradient, const Tensor& exp_avg, const Tensor& exp_avg_sq);
+
 }  // namespace deltapipe::kernels

@@ -44,6 +44,13 @@ struct AdamWConstants {
 template <class P>
 cudaError_t adamw(const AdamWConstants& c, float* master, const float* gradient, float* exp_avg, float* exp_avg_sq,
                   P* param, std::int64_t n, cudaStream_t stream);
+/// Element i takes the random bits that kernels/adamw.h says of element offset + i; `stream` has the step in it.
+struct RoundingBits {
+  std::uint64_t seed, stream, offset;
+};
+cudaError_t adamw_bfloat16(const AdamWConstants& c, const RoundingBits& random, std::uint16_t* weights,
+                           const float* gradient, std::uint16_t* exp_avg, std::uint16_t* exp_avg_sq, std::int64_t n,
+                           cudaStream_t stream);
 
 // Sums.
 

@@ -73,7 +73,7 @@ void evaluate(const Options& options) {
   with_models(student, teacher ? &*teacher : nullptr, inference_dtype(options.dtype),
               [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
                 const Distiller distiller(models.student(), models.teacher(), config.memory.loss_block_tokens, false);
-                DivergenceEvaluation evaluation(reader.sequence_length(), arenas.batch);
+                DivergenceEvaluation evaluation(reader.sequence_length(), arenas.staging(), arenas.batch);
                 Mesh alone;
                 const pipeline::Stages stages(alone[Axis::pipeline], {distiller});
                 divergence = evaluation.run(c, stages, alone, &reader, config.eval.tokens, arenas.activations);

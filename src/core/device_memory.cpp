@@ -27,6 +27,14 @@ namespace {
 
 std::string name_of(Device device) { return device.is_cpu() ? "cpu" : "cuda:" + std::to_string(device.index); }
 
+bool built_with_cuda() {
+#ifdef DELTAPIPE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
 int cuda_device_count() {
 #ifdef DELTAPIPE_CUDA
   return cuda_memory::device_count();

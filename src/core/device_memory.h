@@ -15,6 +15,9 @@ namespace deltapipe {
 /// "cpu", "cuda:1"
 std::string name_of(Device device);
 
+/// Whether this binary was built with CUDA.
+bool built_with_cuda();
+
 /// CUDA devices that this process sees; 0 without CUDA, whether in the binary or in the machine.
 int cuda_device_count();
 

@@ -1,5 +1,7 @@
 #include "data/host_batch.h"
 
+#include "core/device_memory.h"
+
 #include <algorithm>
 
 namespace deltapipe {
@@ -20,11 +22,15 @@ TokenBatch allocate(Arena& arena, std::int64_t segments, std::int64_t length) {
 
 }  // namespace
 
-HostBatch::HostBatch(Arena& arena, std::int64_t sequences, std::int64_t length, const SequenceLayout& layout, int rank)
-    : layout_(layout), rank_(rank), whole_(allocate(arena, sequences, length)), local_(whole_) {
-  if (layout_.segments() == 1) return;
-  local_ = allocate(arena, sequences * layout_.local_segments(), layout_.segment_length(length));
-  local_.key_start = arena.allocate(DType::i32, local_.start.shape, "document starts of keys");
+HostBatch::HostBatch(Arena& host, Arena& device, std::int64_t sequences, std::int64_t length,
+                     const SequenceLayout& layout, int rank)
+    : layout_(layout), rank_(rank), whole_(allocate(host, sequences, length)), local_(whole_) {
+  if (layout_.segments() > 1) {
+    local_ = allocate(host, sequences * layout_.local_segments(), layout_.segment_length(length));
+    local_.key_start = host.allocate(DType::i32, local_.start.shape, "document starts of keys");
+  }
+  device_ = device.device().is_cpu() ? local_ : allocate(device, local_.segments, local_.length);
+  device_.key_start = local_.key_start;
 }
 
 SequenceSpans HostBatch::spans(std::int64_t i) const {
@@ -34,8 +40,15 @@ SequenceSpans HostBatch::spans(std::int64_t i) const {
   return {span(whole_.tokens), span(whole_.labels), span(whole_.start), span(whole_.positions)};
 }
 
-void HostBatch::cut() const {
-  if (layout_.segments() == 1) return;
+void HostBatch::cut(const Stream& stream) const {
+  if (layout_.segments() > 1) cut_whole();
+  copy(stream, local_.tokens, device_.tokens);
+  copy(stream, local_.labels, device_.labels);
+  copy(stream, local_.start, device_.start);
+  copy(stream, local_.positions, device_.positions);
+}
+
+void HostBatch::cut_whole() const {
   cut_batch(layout_, rank_, whole_, local_);
   const std::int32_t* start = local_.start.as<std::int32_t>();
   std::int32_t* key_start = local_.key_start.as<std::int32_t>();
@@ -53,15 +66,15 @@ std::int64_t HostBatch::count_unmasked() const {
 
 TokenBatch HostBatch::microbatch(std::int64_t begin, std::int64_t end) const {
   const std::int64_t a = begin * layout_.local_segments(), b = end * layout_.local_segments();
-  const auto flat = [&](const Tensor& t) { return t.rows(a * local_.length, b * local_.length); };
+  const auto flat = [&](const Tensor& t) { return t.rows(a * device_.length, b * device_.length); };
   TokenBatch m;
   m.segments = b - a;
-  m.length = local_.length;
-  m.tokens = flat(local_.tokens);
-  m.labels = flat(local_.labels);
-  m.start = local_.start.rows(a, b);
-  m.positions = flat(local_.positions);
-  m.key_start = local_.key_start.rows(a, b);
+  m.length = device_.length;
+  m.tokens = flat(device_.tokens);
+  m.labels = flat(device_.labels);
+  m.start = device_.start.rows(a, b);
+  m.positions = flat(device_.positions);
+  m.key_start = device_.key_start.rows(a, b);
   return m;
 }
 

@@ -8,19 +8,22 @@ namespace deltapipe {
 
 ArenaSet ArenaSet::measuring(Device device) {
   const auto arena = [&](const char* name) { return Arena::measuring(name, device); };
-  return {arena("student weights"), arena("teacher weights"), arena("gradients"),     arena("optimizer"),
-          arena("batch"),           arena("activations"),     arena("communication"), arena("workspace")};
+  return {arena("student weights"), arena("teacher weights"), arena("gradients"),
+          arena("optimizer"),       arena("batch"),           arena("activations"),
+          arena("communication"),   arena("workspace"),       Arena::measuring("host")};
 }
 
 ArenaSet ArenaSet::reserve() const {
   const auto real = [](const Arena& a) { return Arena(a.name(), a.peak(), a.device()); };
-  return {real(student), real(teacher),     real(gradients),     real(optimizer),
-          real(batch),   real(activations), real(communication), real(workspace)};
+  ArenaSet set{real(student),     real(teacher),       real(gradients), real(optimizer), real(batch),
+               real(activations), real(communication), real(workspace), real(host)};
+  set.host.page_lock();
+  return set;
 }
 
 std::size_t ArenaSet::peak_bytes() const {
   std::size_t bytes = 0;
-  for (const Arena* a : all()) bytes += a->peak();
+  for (const Arena* a : all()) bytes += a == &host ? 0 : a->peak();
   return bytes;
 }
 
@@ -29,8 +32,11 @@ std::string ArenaSet::table() const {
     return fmt::format("  {:<16} {:>12.1f} MiB\n", name, static_cast<double>(bytes) / (1 << 20));
   };
   std::string text;
-  for (const Arena* a : all()) text += line(a->name(), a->peak());
-  return text + line("total", peak_bytes());
+  for (const Arena* a : all()) {
+    if (a != &host) text += line(a->name(), a->peak());
+  }
+  text += line("total", peak_bytes());
+  return host.peak() > 0 ? text + line("host, beside", host.peak()) : text;
 }
 
 namespace {

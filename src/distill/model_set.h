@@ -22,13 +22,17 @@ struct ArenaSet {
   Arena activations;    // what forward keeps for backward
   Arena communication;  // what is on its way to other ranks
   Arena workspace;      // scratch inside one call
+  Arena host;           // on CUDA: page-locked host memory of batches, sums read back, optimizer states kept there
 
   static ArenaSet measuring(Device device);
   /// Takes memory of the peaks that this set measured.
   ArenaSet reserve() const;
   std::vector<const Arena*> all() const {
-    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &communication, &workspace};
+    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &communication, &workspace, &host};
   }
+  /// Host memory for what the device is given a copy of: `batch` itself on the CPU.
+  Arena& staging() { return batch.device().is_cpu() ? batch : host; }
+  /// Of all arenas in the device's memory.
   std::size_t peak_bytes() const;
   /// "student 12.3 MiB, teacher ..., total ...": one line an arena.
   std::string table() const;

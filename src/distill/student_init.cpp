@@ -1,7 +1,9 @@
 #include "distill/student_init.h"
 
 #include "core/error.h"
+#include "core/host_staging.h"
 #include "core/log.h"
+#include "core/parallel.h"
 #include "core/random.h"
 #include "kernels/elementwise.h"
 
@@ -31,11 +33,16 @@ class Staging {
 
 template <class F>
 void fill(const Tensor& t, const F& value) {
-  const std::int64_t n = t.numel();
+  constexpr std::int64_t block = 1 << 16;  // elements a task
+  const auto fill_as = [&]<class T>(T* p) {
+    parallel_blocks(t.numel(), block, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(value(i));
+    });
+  };
   if (t.dtype == DType::f64) {
-    for (std::int64_t i = 0; i < n; ++i) t.as<double>()[i] = value(i);
+    fill_as(t.as<double>());
   } else {
-    for (std::int64_t i = 0; i < n; ++i) t.as<float>()[i] = static_cast<float>(value(i));
+    fill_as(t.as<float>());
   }
 }
 
@@ -143,7 +150,8 @@ ModelSpec make_student_spec(const StudentConfig& config, const ModelSpec* teache
 }
 
 void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, const ModelSpec& teacher,
-                               const LoadWeight& load, const ModelSpec& student, ParameterTable& parameters) {
+                               const LoadWeight& load, const ModelSpec& student, ParameterTable& parameters,
+                               const Stream& stream) {
   std::unordered_map<std::string, ParameterSpec> theirs;
   for (const ParameterSpec& p : parameters_of(teacher)) theirs.emplace(p.name, p);
   const bool heads_match = student.kda.heads == teacher.heads && student.kda.head_dim == teacher.head_dim;
@@ -152,7 +160,7 @@ void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, 
               student.kda.heads, student.kda.head_dim, teacher.heads, teacher.head_dim);
   }
   Staging ours_memory, theirs_memory;
-  const Stream host = Stream::cpu();
+  HostStaging converted;
   for (Parameter& p : parameters.all()) {
     const ParameterSpec& spec = p.spec;
     const Tensor value = ours_memory.make(accumulation_dtype(p.value.dtype), spec.shape);
@@ -172,17 +180,18 @@ void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, 
     } else {
       fill_fresh(value, spec, config, seed, fresh_std);
     }
-    kernels::copy_cast(host, value, p.value);
+    converted.write(stream, p.value, [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), value, host); });
   }
 }
 
-void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters) {
+void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters,
+                           const Stream& stream) {
   Staging memory;
-  const Stream host = Stream::cpu();
+  HostStaging converted;
   for (Parameter& p : parameters.all()) {
     const Tensor value = memory.make(accumulation_dtype(p.value.dtype), p.spec.shape);
     fill_fresh(value, p.spec, config, seed, config.model.init_std);
-    kernels::copy_cast(host, value, p.value);
+    converted.write(stream, p.value, [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), value, host); });
   }
 }
 

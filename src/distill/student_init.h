@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/config.h"
+#include "core/stream.h"
 #include "model/parameters.h"
 #include "model/spec.h"
 
@@ -24,12 +25,14 @@ using LoadWeight = std::function<void(const ParameterSpec&, const Tensor&)>;
 ///  - what the teacher lacks is fresh: A_log = log U(1, 16); dt_bias = softplus^-1(dt), dt log-uniform in [0.001, 0.1];
 ///    g_proj bias 0; o_norm 1; convolutions by student.kda.conv_init; other matrices N(0, 0.02), as in
 ///    flash-linear-attention. Projections whose heads do not match the teacher's are fresh too.
-/// Every value is a function of (seed, parameter name) alone.
+/// Every value is a function of (seed, parameter name) alone. `stream` is of the parameters' device.
 void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, const ModelSpec& teacher,
-                               const LoadWeight& load, const ModelSpec& student, ParameterTable& parameters);
+                               const LoadWeight& load, const ModelSpec& student, ParameterTable& parameters,
+                               const Stream& stream = Stream::cpu());
 
 /// First weights of a model that learns from nothing: norms 1, matrices N(0, student.model.init_std), KDA's own as
 /// above.
-void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters);
+void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters,
+                           const Stream& stream = Stream::cpu());
 
 }  // namespace deltapipe

@@ -1,5 +1,6 @@
 #include "eval/divergence.h"
 
+#include "core/device_memory.h"
 #include "kernels/elementwise.h"
 
 #include <fmt/format.h>
@@ -10,10 +11,12 @@
 
 namespace deltapipe {
 
-DivergenceEvaluation::DivergenceEvaluation(std::int64_t length, Arena& batch, const SequenceLayout& layout,
+DivergenceEvaluation::DivergenceEvaluation(std::int64_t length, Arena& host, Arena& batch, const SequenceLayout& layout,
                                            int sequence_rank)
-    : batch_(batch, 1, length, layout, sequence_rank),
-      sums_{batch.allocate(DType::f64, {LossSums::count}, "evaluation sums")} {}
+    : batch_(host, batch, 1, length, layout, sequence_rank),
+      sums_{batch.allocate(DType::f64, {LossSums::count}, "evaluation sums")},
+      host_sums_(batch.device().is_cpu() ? sums_.values
+                                         : host.allocate(DType::f64, {LossSums::count}, "evaluation sums, host")) {}
 
 DivergenceResult DivergenceEvaluation::run(const Context& c, const pipeline::Stages& stages, Mesh& mesh,
                                            const WindowReader* reader, std::int64_t max_tokens, Arena& activations) {
@@ -27,15 +30,18 @@ DivergenceResult DivergenceEvaluation::run(const Context& c, const pipeline::Sta
   const auto first = c.stream.is_dry() ? 0 : std::int64_t{mesh.coordinate().data};
   for (std::int64_t w = first; w < (c.stream.is_dry() ? 1 : windows); w += mesh.shape().data) {
     if (!c.stream.is_dry()) {
+      synchronize(c.stream);  // the window before has left host memory
       reader->fill(static_cast<std::uint64_t>(w), batch_.spans(0));
-      batch_.cut();
+      batch_.cut(c.stream);
     }
     stages.evaluate(c, batch_.microbatch(0, 1), weights, sums_, microbatch_, activations);
   }
   mesh[Axis::world].all_reduce_sum(c.stream, sums_.values, Purpose::control, c.workspace);
   DivergenceResult result;
   if (c.stream.is_dry()) return result;
-  const double* sums = sums_.values.as<double>();
+  copy(c.stream, sums_.values, host_sums_);
+  synchronize(c.stream);
+  const double* sums = host_sums_.as<double>();
   const double tokens = sums[kernels::LossSum::tokens];
   const LossReport report = report_losses(Objective(), sums, 1, tokens);
   result.tokens = tokens;

@@ -33,8 +33,9 @@ struct DivergenceResult {
 
 class DivergenceEvaluation {
  public:
-  /// Takes its batch of one sequence of `length` tokens from `batch`; this rank works on its segments of it.
-  DivergenceEvaluation(std::int64_t length, Arena& batch,
+  /// Takes its batch of one sequence of `length` tokens, and its sums, from `host` and `batch` (as HostBatch does);
+  /// this rank works on its segments of it.
+  DivergenceEvaluation(std::int64_t length, Arena& host, Arena& batch,
                        const SequenceLayout& layout = SequenceLayout(LayoutKind::contiguous, 1), int sequence_rank = 0);
 
   /// The first windows of `reader`, at most `max_tokens` tokens, and at least one window, dealt out over the data axis.
@@ -46,6 +47,7 @@ class DivergenceEvaluation {
  private:
   HostBatch batch_;
   LossSums sums_;
+  Tensor host_sums_;  // the same memory on the CPU
   MicrobatchState microbatch_;
 };
 

@@ -1,5 +1,6 @@
 #include "model/transformer.h"
 
+#include "core/host_staging.h"
 #include "kernels/embedding.h"
 #include "kernels/rms_norm.h"
 #include "model/rope.h"
@@ -15,13 +16,15 @@ RotaryTable make_rotary_table(const ModelSpec& spec, DType dtype, Arena& constan
       constants.allocate(accumulation_dtype(dtype), {spec.head_dim / 2}, "rotary inverse frequencies");
   table.attention_factor = static_cast<float>(rope_attention_factor(spec.rope));
   if (stream.is_dry()) return table;
-  for (std::size_t i = 0; i < frequencies.size(); ++i) {
-    if (table.inverse_frequencies.dtype == DType::f64) {
-      table.inverse_frequencies.as<double>()[i] = frequencies[i];
-    } else {
-      table.inverse_frequencies.as<float>()[i] = static_cast<float>(frequencies[i]);
+  HostStaging().write(stream, table.inverse_frequencies, [&](const Tensor& host) {
+    for (std::size_t i = 0; i < frequencies.size(); ++i) {
+      if (host.dtype == DType::f64) {
+        host.as<double>()[i] = frequencies[i];
+      } else {
+        host.as<float>()[i] = static_cast<float>(frequencies[i]);
+      }
     }
-  }
+  });
   return table;
 }
 

@@ -5,6 +5,7 @@
 #include "core/error.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
+#include "kernels/settings.h"
 
 #include <algorithm>
 
@@ -104,6 +105,7 @@ PlannedModels read_planned_models(const Config& config) {
 }
 
 RunPlan make_run_plan(const TrainingPlan& training, const DeviceSpeed& device) {
+  kernels::settings().deterministic = training.config.run.deterministic;  // workspaces depend on it
   RunPlan plan{training, device, {}, {}, {}};
   double sum = 0;
   const std::size_t last = training.config.stages.size() - 1;

@@ -5,7 +5,6 @@
 #include "core/trace.h"
 
 #include <chrono>
-#include <cstring>
 #include <vector>
 
 namespace deltapipe {
@@ -30,28 +29,15 @@ MeshCheckpointWriter::~MeshCheckpointWriter() {
   }
 }
 
-void MeshCheckpointWriter::write(const TrainingState& state, std::span<const TensorSlice> slices) {
+void MeshCheckpointWriter::write(const TrainingState& state, std::span<const TensorSlice> slices,
+                                 const Stream& stream) {
   const trace::Span span("checkpoint", "checkpoint snapshot");
-  if (alone_) return alone_->write(state, slices);
+  if (alone_) return alone_->write(state, slices, stream);
   finish();
   runtime_.together([&] {
     if (runtime_.rank() == 0) begin_checkpoint(dir_, state.step);
   });
-  constexpr std::size_t alignment = 64;
-  const auto aligned = [](std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; };
-  std::size_t total = 0;
-  for (const TensorSlice& s : slices) total += aligned(s.data.bytes());
-  if (total > capacity_) {
-    buffer_ = std::make_unique_for_overwrite<std::byte[]>(total);
-    capacity_ = total;
-  }
-  std::vector<TensorSlice> copies(slices.begin(), slices.end());
-  std::size_t offset = 0;
-  for (TensorSlice& s : copies) {
-    std::memcpy(buffer_.get() + offset, s.data.data, s.data.bytes());
-    s.data.data = buffer_.get() + offset;
-    offset += aligned(s.data.bytes());
-  }
+  std::vector<TensorSlice> copies = buffer_.copy(slices, stream);
   state_ = state;
   pending_ =
       std::async(std::launch::async, [folder = partial_folder(dir_, state.step), rank = runtime_.rank(),

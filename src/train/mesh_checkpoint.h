@@ -2,10 +2,10 @@
 // parts).
 #pragma once
 
+#include "checkpoints/slice_buffer.h"
 #include "checkpoints/training_checkpoint.h"
 #include "comm/mpi_runtime.h"
 
-#include <cstddef>
 #include <filesystem>
 #include <future>
 #include <memory>
@@ -26,7 +26,8 @@ class MeshCheckpointWriter {
   MeshCheckpointWriter& operator=(const MeshCheckpointWriter&) = delete;
 
   /// Finishes the write before, copies the slices and returns; this rank's file follows in the background.
-  void write(const TrainingState& state, std::span<const TensorSlice> slices);
+  /// `stream` is of the slices' device.
+  void write(const TrainingState& state, std::span<const TensorSlice> slices, const Stream& stream = Stream::cpu());
   /// Whether this rank has written all it has to; true when nothing is under way.
   bool is_done() const;
   /// Waits for every rank's file, and rank 0 gives the checkpoint its name. With several ranks a checkpoint exists
@@ -38,8 +39,7 @@ class MeshCheckpointWriter {
   std::optional<CheckpointWriter> alone_;  // a job of one rank: publishing too goes on in the background
   std::filesystem::path dir_;
   int keep_;
-  std::unique_ptr<std::byte[]> buffer_;
-  std::size_t capacity_ = 0;
+  SliceBuffer buffer_;
   std::optional<TrainingState> state_;  // of the write under way
   std::future<FileRecord> pending_;
 };

@@ -1,5 +1,6 @@
 #include "train/optimizer.h"
 
+#include "core/device_memory.h"
 #include "kernels/adamw.h"
 #include "kernels/elementwise.h"
 #include "kernels/reduce.h"
@@ -67,7 +68,12 @@ void Optimizer::add_squared_norm(const Context& c, const Tensor& out, std::strin
 Optimizer::Result Optimizer::step(const Context& c, double learning_rate) {
   kernels::fill_zero(c.stream, norm_);
   add_squared_norm(c, norm_);
-  return apply(c, c.stream.is_dry() ? 0.0 : std::sqrt(norm_.as<double>()[0]), learning_rate);
+  double squared_norm = 0;
+  if (!c.stream.is_dry()) {
+    copy(c.stream, norm_, Tensor(&squared_norm, DType::f64, {1}));
+    synchronize(c.stream);
+  }
+  return apply(c, std::sqrt(squared_norm), learning_rate);
 }
 
 Optimizer::Result Optimizer::apply(const Context& c, double gradient_norm, double learning_rate) {

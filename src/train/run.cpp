@@ -2,6 +2,7 @@
 
 #include "checkpoints/hf_config.h"
 #include "checkpoints/training_checkpoint.h"
+#include "core/device_memory.h"
 #include "core/error.h"
 #include "core/file.h"
 #include "core/log.h"
@@ -10,11 +11,13 @@
 #include "core/trace.h"
 #include "data/token_dataset.h"
 #include "distill/student_init.h"
+#include "kernels/settings.h"
 #include "train/mesh_checkpoint.h"
 #include "train/metrics.h"
 #include "train/signals.h"
 #include "train/snapshot.h"
 #include "train/trace_window.h"
+#include "train/weight_source.h"
 
 #include <fmt/format.h>
 #include <sys/resource.h>
@@ -220,6 +223,19 @@ class TrafficMeter {
   std::array<double, 2 * entries> before_{};
 };
 
+/// This rank's device: on CUDA one of its host's, dealt out in turn; from here on this thread's. Throws UsageError.
+Device choose_device(const Config& config, MpiRuntime& runtime) {
+  if (config.run.device == DeviceChoice::cpu) return {};
+  Device device{Device::Kind::cuda, 0};
+  runtime.together([&] {
+    const int count = cuda_device_count();
+    if (count == 0) fail<UsageError>("run.device is \"cuda\", but this machine shows no CUDA device");
+    device.index = runtime.local_rank() % count;
+    set_device(device);
+  });
+  return device;
+}
+
 class TrainingRun {
  public:
   TrainingRun(const Config& config, const RunOptions& options, MpiRuntime& runtime)
@@ -227,7 +243,9 @@ class TrainingRun {
         runtime_(runtime),
         folder_(run_dir(config.run)),
         checkpoints_(folder_ / "checkpoints"),
-        restart_(options.restart) {
+        restart_(options.restart),
+        device_(choose_device(config, runtime)),
+        stream_(device_) {
     open_resumed(options);
     MeshShape shape;
     runtime_.together([&] {
@@ -253,15 +271,15 @@ class TrainingRun {
         if (is_first()) compare_configs(config_, resume_from_->state(), where);
       }
     });
-    mesh_.emplace(runtime_, shape);
+    mesh_.emplace(runtime_, shape, device_);
   }
 
   RunResult run() {
     std::optional<ArenaSet> arenas;
     std::optional<Trainer> maybe_trainer;
-    ArenaSet measured = ArenaSet::measuring(Device());
+    ArenaSet measured = ArenaSet::measuring(device_);
     runtime_.together([&] {
-      measured = Trainer::measure(plan_, *mesh_, Device());
+      measured = Trainer::measure(plan_, *mesh_, device_);
       tell_memory(measured);
       if (is_first()) {
         make_writable_folder(folder_);
@@ -270,10 +288,8 @@ class TrainingRun {
         write_file_atomically(folder_ / "config.toml", to_toml(config_));
       }
       arenas = measured.reserve();
-      Trainer& trainer = maybe_trainer.emplace(plan_, *mesh_, *arenas, Stream::cpu());
-      if (sources_.teacher) {
-        for (Parameter& p : trainer.models().teacher_parameters()->all()) sources_.teacher->load(p.spec, p.value);
-      }
+      Trainer& trainer = maybe_trainer.emplace(plan_, *mesh_, *arenas, stream());
+      if (sources_.teacher) load_weights(*sources_.teacher, *trainer.models().teacher_parameters(), stream());
     });
     Trainer& trainer = *maybe_trainer;
     const bool resumed = resume_from_ != nullptr;
@@ -300,7 +316,7 @@ class TrainingRun {
       TrainingState state = to_state(at, plan_, windows, trainer.optimizer().updates());
       state.model_config = write_huggingface_config(plan_.student, DType::f32);
       runtime_.set_where(fmt::format("the checkpoint of step {}", at.step));
-      writer.write(state, slices);
+      writer.write(state, slices, stream());
       saved_step = at.step;
     };
     try {
@@ -425,16 +441,18 @@ class TrainingRun {
     if (error) fail<IoError>("cannot remove {}: {}", checkpoints_.string(), error.message());
   }
 
+  Stream stream() const { return stream_.get(); }
+
   /// Weights, moments and trainable parameters of the first step.
   void begin(Trainer& trainer) {
     trainer.begin_stage(static_cast<std::size_t>(first_.stage));
     runtime_.together([&] {
       ParameterTable& parameters = trainer.models().student_parameters();
       if (resume_from_) {
-        restore_snapshot(*resume_from_, parameters, trainer.optimizer());
+        restore_snapshot(*resume_from_, parameters, trainer.optimizer(), stream());
       } else {
-        init_student_weights(config_, sources_, parameters);
-        trainer.optimizer().capture_weights(Stream::cpu());
+        init_student_weights(config_, sources_, parameters, stream());
+        trainer.optimizer().capture_weights(stream());
       }
     });
     if (!resume_from_) return;
@@ -500,6 +518,8 @@ class TrainingRun {
   MpiRuntime& runtime_;
   fs::path folder_, checkpoints_;
   bool restart_;
+  Device device_;
+  StreamOwner stream_;                             // where this rank computes
   std::optional<FileLock> lock_;                   // rank 0's
   std::unique_ptr<CheckpointReader> resume_from_;  // until its content is in memory; null: the run begins
   std::optional<TokenDataset> train_data_;
@@ -517,7 +537,14 @@ class TrainingRun {
 }  // namespace
 
 void check_backend(const Config& config) {
-  if (config.run.device != DeviceChoice::cpu) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
+  if (config.run.device == DeviceChoice::cuda) {
+    if (!built_with_cuda()) fail<ConfigError>("run.device is \"cuda\", but this binary is CPU-only");
+    if (compute_dtype(config.run) != DType::bf16) {
+      fail<ConfigError>("run.dtype \"{}\" needs run.device = \"cpu\": CUDA trains in bfloat16",
+                        name_of(config.run.dtype));
+    }
+    return;
+  }
   if (compute_dtype(config.run) == DType::bf16) fail<ConfigError>("run.dtype \"bfloat16\" needs run.device = \"cuda\"");
   if (config.optimizer.state != StateDType::float32) {
     fail<ConfigError>("optimizer.state \"bfloat16\" needs run.device = \"cuda\"");
@@ -543,18 +570,17 @@ ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {
   return s;
 }
 
-void init_student_weights(const Config& config, const ModelSources& sources, ParameterTable& parameters) {
+void init_student_weights(const Config& config, const ModelSources& sources, ParameterTable& parameters,
+                          const Stream& stream) {
   const auto seed = static_cast<std::uint64_t>(config.run.seed);
   switch (config.student.init) {
-    case StudentInit::folder:
-      for (Parameter& p : parameters.all()) sources.student_folder->load(p.spec, p.value);
-      return;
-    case StudentInit::random: init_student_randomly(config.student, seed, parameters); return;
+    case StudentInit::folder: load_weights(*sources.student_folder, parameters, stream); return;
+    case StudentInit::random: init_student_randomly(config.student, seed, parameters, stream); return;
     case StudentInit::teacher:
       init_student_from_teacher(
           config.student, seed, sources.teacher->spec(),
           [&](const ParameterSpec& p, const Tensor& out) { sources.teacher->load(p, out); }, sources.student,
-          parameters);
+          parameters, stream);
       return;
   }
 }
@@ -565,6 +591,7 @@ RunResult run_training(const Config& config, const RunOptions& options, MpiRunti
     if (config.data.train.empty()) fail<ConfigError>("nothing to train on: data.train is empty");
   });
   set_num_threads(config.run.threads != 0 ? static_cast<int>(config.run.threads) : runtime.own_cores());
+  kernels::settings().deterministic = config.run.deterministic;
   install_stop_signals();
   return TrainingRun(config, options, runtime).run();
 }

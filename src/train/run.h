@@ -43,7 +43,8 @@ struct ModelSources {
 };
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary);
 
-/// Fills the student's first weights, as student.init says.
-void init_student_weights(const Config& config, const ModelSources& sources, ParameterTable& parameters);
+/// Fills the student's first weights, as student.init says. `stream` is of the parameters' device.
+void init_student_weights(const Config& config, const ModelSources& sources, ParameterTable& parameters,
+                          const Stream& stream = Stream::cpu());
 
 }  // namespace deltapipe

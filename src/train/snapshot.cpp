@@ -1,6 +1,7 @@
 #include "train/snapshot.h"
 
 #include "core/error.h"
+#include "core/host_staging.h"
 #include "kernels/elementwise.h"
 
 #include <cstddef>
@@ -54,16 +55,23 @@ std::vector<TensorSlice> snapshot_slices(const ParameterTable& parameters, const
   return slices;
 }
 
-void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer) {
-  const Stream host = Stream::cpu();
+void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Optimizer& optimizer,
+                      const Stream& stream) {
+  HostStaging staging, converted;
+  const auto fill = [&](const char* group, const Optimizer::State& s, const Tensor& t) {
+    staging.write(stream, t, [&](const Tensor& host) { read(reader, group, *s.parameter, s.begin, s.end, host); });
+  };
   for (const Optimizer::State& s : optimizer.state()) {
-    read(reader, master_group, *s.parameter, s.begin, s.end, s.master);
-    read(reader, "exp_avg", *s.parameter, s.begin, s.end, s.exp_avg);
-    read(reader, "exp_avg_sq", *s.parameter, s.begin, s.end, s.exp_avg_sq);
-    if (s.master.data != s.value().data) kernels::copy_cast(host, s.master, s.value());
+    fill(master_group, s, s.master);
+    fill("exp_avg", s, s.exp_avg);
+    fill("exp_avg_sq", s, s.exp_avg_sq);
+    if (s.master.data == s.value().data) continue;
+    const Tensor master = staging.read(stream, s.master);
+    converted.write(stream, s.value(), [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), master, host); });
   }
   for (Parameter& p : parameters.all()) {
-    if (!p.gradient_memory) read_whole(reader, frozen_group, p, p.value);
+    if (p.gradient_memory) continue;
+    staging.write(stream, p.value, [&](const Tensor& host) { read_whole(reader, frozen_group, p, host); });
   }
   const auto updates = reader.state().values.find("optimizer_updates");
   if (updates == reader.state().values.end()) {
@@ -72,8 +80,9 @@ void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Opti
   optimizer.set_updates(static_cast<std::int64_t>(updates->second));
 }
 
-void load_checkpoint_weights(CheckpointReader& reader, ParameterTable& parameters) {
+void load_checkpoint_weights(CheckpointReader& reader, ParameterTable& parameters, const Stream& stream) {
   std::vector<std::byte> memory;
+  HostStaging staging;
   for (Parameter& p : parameters.all()) {
     const char* group = reader.contains(master_group, p.spec.name) ? master_group : frozen_group;
     Tensor stored;
@@ -83,7 +92,7 @@ void load_checkpoint_weights(CheckpointReader& reader, ParameterTable& parameter
     memory.resize(stored.bytes());
     stored.data = memory.data();
     read_whole(reader, group, p, stored);
-    kernels::copy_cast(Stream::cpu(), stored, p.value);
+    staging.write(stream, p.value, [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), stored, host); });
   }
 }
 

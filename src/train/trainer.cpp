@@ -1,5 +1,6 @@
 #include "train/trainer.h"
 
+#include "core/device_memory.h"
 #include "core/error.h"
 #include "core/trace.h"
 #include "kernels/elementwise.h"
@@ -76,36 +77,49 @@ Trainer::Trainer(const TrainingPlan& plan, Mesh& mesh, ArenaSet& arenas, const S
       stages_(make_stages(plan, mesh, models_)),
       works_(make_works()),
       totals_(arenas.batch.allocate(DType::f64, {LossSums::count + 1}, "loss sums")),
+      host_totals_(stream.device().is_cpu()
+                       ? totals_
+                       : arenas.staging().allocate(DType::f64, {LossSums::count + 1}, "loss sums, host")),
       sums_{totals_.rows(0, LossSums::count)},
-      evaluation_(plan_.evaluation_length(), arenas.batch, SequenceLayout(plan.layout(), mesh.shape().sequence),
-                  mesh.coordinate().sequence) {}
+      evaluation_(plan_.evaluation_length(), arenas.staging(), arenas.batch,
+                  SequenceLayout(plan.layout(), mesh.shape().sequence), mesh.coordinate().sequence) {}
 
 std::vector<Trainer::StageWork> Trainer::make_works() {
   std::vector<StageWork> works;
   const SequenceLayout layout(plan_.layout(), mesh_.shape().sequence);
-  Arena& batch = arenas_.batch;
-  const std::size_t begin = batch.used();
-  std::size_t most = begin;
+  // Stages follow each other in the same memory: each takes its own from where the first began.
+  struct Shared {
+    Arena& arena;
+    std::size_t begin = arena.used(), most = begin;
+    void see() { most = std::max(most, arena.used()); }
+    void keep() {
+      if (most > begin) arena.allocate(DType::u8, {static_cast<std::int64_t>(most - begin)}, "batches");
+    }
+  };
+  const bool on_device = !arenas_.batch.device().is_cpu();
+  Shared batch{arenas_.batch}, staging{arenas_.staging()};
   for (std::size_t i = 0; i < plan_.config.stages.size(); ++i) {
     const StageConfig& s = plan_.config.stages[i];
-    const auto batch_scope = batch.scope(), activation_scope = arenas_.activations.scope(),
-               communication_scope = arenas_.communication.scope();
+    const auto batch_scope = batch.arena.scope(), staging_scope = staging.arena.scope(),
+               activation_scope = arenas_.activations.scope(), communication_scope = arenas_.communication.scope();
     mark_trainable(i);  // what a microbatch keeps for weights' gradients depends on it
     const pipeline::Schedule& schedule = plan_.schedules[i];
     std::vector<HostBatch> batches;
     const bool ahead = schedule.teacher == pipeline::Teacher::ahead;
     for (int n = 0; n < (ahead ? 2 : 1); ++n) {
-      batches.emplace_back(batch, s.batch_sequences / mesh_.shape().data, s.sequence_length, layout,
-                           mesh_.coordinate().sequence);
+      batches.emplace_back(staging.arena, batch.arena, s.batch_sequences / mesh_.shape().data, s.sequence_length,
+                           layout, mesh_.coordinate().sequence);
     }
     const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
     pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
                                 arenas_.communication);
     trace_tasks(executor);
-    most = std::max(most, batch.used());
+    batch.see();
+    staging.see();
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});
   }
-  if (most > begin) batch.allocate(DType::u8, {static_cast<std::int64_t>(most - begin)}, "batches");
+  batch.keep();
+  if (on_device) staging.keep();
   return works;
 }
 
@@ -139,7 +153,7 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
   for (std::int64_t k = 0; k < batch.sequences(); ++k) {
     loader->fill(static_cast<std::uint64_t>(first + k), batch.spans(k));
   }
-  batch.cut();
+  batch.cut(context_.stream);
   work.loaded[i] = stage_step;
   return batch;
 }
@@ -226,7 +240,9 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
   report.learning_rate = learning_rate(kind_of(stage.schedule), stage_step, steps, stage.warmup, stage.learning_rate,
                                        stage.final_learning_rate);
   if (!dry) {
-    const double* totals = totals_.as<double>();
+    copy(context_.stream, totals_, host_totals_);
+    synchronize(context_.stream);
+    const double* totals = host_totals_.as<double>();
     report.losses = report_losses(objective, totals, plan_.student.layers(), tokens);
     report.gradient_norm = std::sqrt(totals[LossSums::count]);
   }

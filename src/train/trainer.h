@@ -113,7 +113,8 @@ class Trainer {
   pipeline::Stages stages_;
   std::vector<StageWork> works_;  // one a stage
   Tensor totals_;                 // float64 [LossSums::count + 1]: the losses' sums and the gradients' squared norm
-  LossSums sums_;                 // the first part of it
+  Tensor host_totals_;            // as read back; the same memory on the CPU
+  LossSums sums_;                 // the first part of totals_
   DivergenceEvaluation evaluation_;
   std::size_t stage_ = 0;
 };

@@ -2,6 +2,7 @@
 
 #include "checkpoints/hf_config.h"
 #include "core/error.h"
+#include "core/host_staging.h"
 #include "train/snapshot.h"
 
 namespace deltapipe {
@@ -24,11 +25,18 @@ std::optional<Config> WeightSource::config(std::span<const std::string> override
   return parse_config(reader_->state().config_toml, path_.string() + ": configuration", overrides);
 }
 
-void WeightSource::load(ParameterTable& parameters) {
+void WeightSource::load(ParameterTable& parameters, const Stream& stream) {
   if (reader_) {
-    load_checkpoint_weights(*reader_, parameters);
+    load_checkpoint_weights(*reader_, parameters, stream);
   } else {
-    for (Parameter& p : parameters.all()) folder_->load(p.spec, p.value);
+    load_weights(*folder_, parameters, stream);
+  }
+}
+
+void load_weights(const HuggingFaceFolder& folder, ParameterTable& parameters, const Stream& stream) {
+  HostStaging staging;
+  for (Parameter& p : parameters.all()) {
+    staging.write(stream, p.value, [&](const Tensor& host) { folder.load(p.spec, host); });
   }
 }
 

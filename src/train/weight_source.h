@@ -4,6 +4,7 @@
 #include "checkpoints/hf_import.h"
 #include "checkpoints/training_checkpoint.h"
 #include "core/config.h"
+#include "core/stream.h"
 #include "model/parameters.h"
 #include "model/spec.h"
 
@@ -27,7 +28,8 @@ class WeightSource {
   /// That run's configuration; nothing for a Hugging Face folder.
   std::optional<Config> config(std::span<const std::string> overrides = {}) const;
 
-  void load(ParameterTable& parameters);
+  /// `stream` is of the parameters' device.
+  void load(ParameterTable& parameters, const Stream& stream = Stream::cpu());
 
  private:
   std::filesystem::path path_;
@@ -35,5 +37,8 @@ class WeightSource {
   std::unique_ptr<CheckpointReader> reader_;
   ModelSpec spec_;
 };
+
+/// Every weight of `parameters`, on any device, from a folder that was verified. `stream` is of that device.
+void load_weights(const HuggingFaceFolder& folder, ParameterTable& parameters, const Stream& stream);
 
 }  // namespace deltapipe

@@ -32,9 +32,9 @@ void TinyJob::build(ArenaSet& arenas, const Stream& stream) {
   models_ = std::make_unique<ModelSet>(student_spec_, teacher_spec_.get(), dtype_, arenas, stream);
   models_->student_parameters().allocate_gradients(arenas.gradients, [](const ParameterSpec&) { return true; });
   for (Parameter& p : models_->student_parameters().all()) p.trainable = true;
-  batch_ = sequence_ == nullptr
-               ? std::make_unique<HostBatch>(arenas.batch, sequences_, length_)
-               : std::make_unique<HostBatch>(arenas.batch, sequences_, length_, sequence_->layout(), sequence_->rank());
+  batch_ = sequence_ == nullptr ? std::make_unique<HostBatch>(arenas.batch, arenas.batch, sequences_, length_)
+                                : std::make_unique<HostBatch>(arenas.batch, arenas.batch, sequences_, length_,
+                                                              sequence_->layout(), sequence_->rank());
   sums_.values = arenas.batch.allocate(DType::f64, {LossSums::count}, "sums");
 }
 
@@ -108,7 +108,7 @@ void TinyJob::fill_tokens(std::uint64_t seed, const std::vector<std::int64_t>& s
       out.positions[k] = static_cast<std::int32_t>(i) - start;
     }
   }
-  batch_->cut();
+  batch_->cut(Stream::cpu());
 }
 
 double TinyJob::loss_and_gradients() {

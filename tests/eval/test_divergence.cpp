@@ -39,7 +39,7 @@ class Divergence : public ::testing::Test {
         },
         [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
           const Distiller distiller(models.student(), models.teacher(), loss_block, false);
-          DivergenceEvaluation evaluation(length, arenas.batch);
+          DivergenceEvaluation evaluation(length, arenas.batch, arenas.batch);
           Mesh alone;
           const pipeline::Stages stages(alone[Axis::pipeline], {distiller});
           result = evaluation.run(c, stages, alone, &*reader_, tokens, arenas.activations);
@@ -60,7 +60,7 @@ class Divergence : public ::testing::Test {
           testing::randomize(*models.teacher_parameters(), 1, "b ");
         },
         [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
-          HostBatch batch(arenas.batch, 1, length);
+          HostBatch batch(arenas.batch, arenas.batch, 1, length);
           for (std::int64_t w = 0; w < (c.stream.is_dry() ? 1 : windows); ++w) {
             if (!c.stream.is_dry()) reader_->fill(static_cast<std::uint64_t>(w), batch.spans(0));
             const auto log_p = log_softmax(c, models.student(), batch.microbatch(0, 1));

@@ -1,6 +1,11 @@
 #include "kernels/adamw.h"
 #include "tests/gpu/device.h"
 
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
 namespace deltapipe {
 namespace {
 
@@ -52,6 +57,47 @@ TEST_P(AdamWCuda, ParamMayBeMaster) {
   expect_same_bits(alone, with_param, "master");
 }
 
+/// Weights and moments bfloat16, gradient float32.
+using AdamWBFloat16Cuda = testing::CudaTest;
+
+TEST_P(AdamWBFloat16Cuda, SameBitsAsTheCpu) {
+  const auto kept = [&](Owned<BFloat16>& to, const Owned<double>& from) {
+    for (std::int64_t i = 0; i < from.size(); ++i) to[i] = to_bfloat16(static_cast<float>(from[i]));
+  };
+  for (const std::int64_t n : {1, 7, 2048, 2049, 40001}) {
+    for (const std::int64_t shift : {0, 1}) {
+      for (const std::int64_t offset : {std::int64_t{0}, std::int64_t{12'345'678'901}}) {
+        SCOPED_TRACE(std::to_string(n) + " elements from " + std::to_string(offset) + ", shift " +
+                     std::to_string(shift));
+        const Owned<double> w = normal({n}), m = normal({n}, 0.01);
+        Owned<double> v = normal({n}, 0.1);
+        for (double& x : v) x = std::abs(x);
+        Owned<BFloat16> cpu_w({n}), cpu_m({n}), cpu_v({n});
+        kept(cpu_w, w);
+        kept(cpu_m, m);
+        kept(cpu_v, v);
+        const OnDevice dw = upload(w, shift), dm = upload(m, shift), dv = upload(v, shift);
+        for (int step = 3; step < 6; ++step) {
+          Owned<float> g = Owned<double>({n}).normal(random_).cast<float>();
+          const OnDevice dg(DType::f32, g.cast<double>(), shift);
+          const kernels::AdamWStep s{.learning_rate = 0.01, .weight_decay = 0.1, .step = step, .gradient_scale = 0.3};
+          const kernels::StochasticRounding rounding{.seed = 0x123456789abcdef, .stream = 77, .offset = offset};
+          kernels::adamw_bfloat16(Stream::cpu(), s, rounding, cpu_w, g, cpu_m, cpu_v);
+          kernels::adamw_bfloat16(stream(), s, rounding, dw, dg, dm, dv);
+          const auto expect_bits = [&](const OnDevice& device, const Owned<BFloat16>& cpu, const char* what) {
+            const std::vector<std::uint8_t> bytes = device.bytes();
+            ASSERT_EQ(std::memcmp(bytes.data(), cpu.begin(), bytes.size()), 0) << what << ", step " << step;
+          };
+          expect_bits(dw, cpu_w, "weights");
+          expect_bits(dm, cpu_m, "exp_avg");
+          expect_bits(dv, cpu_v, "exp_avg_sq");
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, AdamWBFloat16Cuda, ::testing::Values(DType::bf16), testing::dtype_name);
 INSTANTIATE_TEST_SUITE_P(DTypes, AdamWCuda, testing::model_dtypes(), testing::dtype_name);
 
 }  // namespace

@@ -81,7 +81,7 @@ Result resume(const MeshCase& which, Mesh& mesh, std::int64_t layers, const std:
               std::int64_t most) {
   MeshJob job(which, mesh, DType::f32, layers);
   CheckpointReader reader(*newest_checkpoint(checkpoints));
-  restore_snapshot(reader, job.trainer().models().student_parameters(), job.trainer().optimizer());
+  restore_snapshot(reader, job.trainer().models().student_parameters(), job.trainer().optimizer(), Stream::cpu());
   job.trainer().gather_weights(true);
   Result r;
   for (std::int64_t n = saved_step; n < std::min(saved_step + most, testing::mesh_job_steps); ++n) {

@@ -163,6 +163,10 @@ void optimizer(Bench& b) {
   kernels::fill_zero(s, out);
   b.measure("adamw", shape.str(), bytes_of({w, w, m, m, v, v, g, param}), 0,
             [&] { kernels::adamw(s, {.learning_rate = 1e-5}, w, g, m, v, param); });
+  const Tensor bm = b.normal(model, shape, 0.1), bv = b.empty(model, shape);
+  kernels::fill_zero(s, bv);
+  b.measure("adamw_bfloat16", shape.str(), bytes_of({param, param, bm, bm, bv, bv, g}), 0,
+            [&] { kernels::adamw_bfloat16(s, {.learning_rate = 1e-5}, {.seed = 1}, param, g, bm, bv); });
   b.measure("sum_of_squares", shape.str(), bytes_of({g}), 0,
             [&] { kernels::sum_of_squares(s, g, out, b.workspace()); });
   const Tensor small = g.rows(0, hidden);
