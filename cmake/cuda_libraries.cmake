@@ -33,4 +33,4 @@ endif()
 target_include_directories(deltapipe_cudnn SYSTEM INTERFACE ${deltapipe_cudnn_frontend_include})
 target_compile_definitions(deltapipe_cudnn INTERFACE CUDNN_FRONTEND_SKIP_JSON_LIB)
 # The headers compile kernels of their own for some operations, none of ours, and so refer to nvrtc.
-target_link_libraries(deltapipe_cudnn INTERFACE CUDA::cudart_static CUDA::nvrtc ${CMAKE_DL_LIBS})
+target_link_libraries(deltapipe_cudnn INTERFACE CUDA::cudart CUDA::nvrtc ${CMAKE_DL_LIBS})
