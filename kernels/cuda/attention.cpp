@@ -152,8 +152,12 @@ AttentionKind one_head_kind(const Sizes& n) {
 struct Call {
   AttentionKind kind;
   std::span<const Sequence> sequences;
-  std::int64_t first = 0;  // entry; a call has one more than kind.sequences
+  std::int64_t first = 0;  // entry
 };
+
+/// Entries of a call: one more than its sequences, and a multiple of 4, so that the next call's begin at 16 bytes, as
+/// cuDNN wants tensors.
+std::int64_t entries_of(const AttentionKind& kind) { return (kind.sequences + 1 + 3) / 4 * 4; }
 
 std::size_t table_bytes(std::int64_t entries) {
   return static_cast<std::size_t>(entries) * (3 * sizeof(std::int64_t) + 2 * sizeof(std::int32_t));
@@ -179,7 +183,7 @@ void write_table(const Sizes& n, std::span<const Call> calls, const SequenceTabl
   for (const Call& c : calls) {
     const Sequence& last = c.sequences.back();
     const Sequence empty{last.query + last.queries, 0, last.key + last.keys, 0};
-    for (std::int64_t i = 0; i <= c.kind.sequences; ++i) {
+    for (std::int64_t i = 0; i < entries_of(c.kind); ++i) {
       list.at[filled++] = i < std::ssize(c.sequences) ? c.sequences[static_cast<std::size_t>(i)] : empty;
       if (filled == SequenceList::capacity) flush();
     }
@@ -197,7 +201,7 @@ void point_to(const SequenceTable& table, std::int64_t first, AttentionTensors& 
 
 /// Entries of the table that any documents of this many queries may need, in one call or in blocks.
 std::int64_t most_entries(const Sizes& n) {
-  return 2 * static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(n.queries))) + 1;
+  return 4 * static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(n.queries)));
 }
 
 void clear(void* memory, std::size_t bytes, const Sizes& n, cudaStream_t stream) {
@@ -208,7 +212,7 @@ void clear(void* memory, std::size_t bytes, const Sizes& n, cudaStream_t stream)
 Call pack(const Sizes& n, const std::vector<Sequence>& documents, bool backward, AttentionTensors& t,
           cudaStream_t stream, Arena& workspace) {
   const Call call{packed_kind(dense_kind(n, backward), documents, n.queries), documents};
-  const std::int64_t entries = call.kind.sequences + 1;
+  const std::int64_t entries = entries_of(call.kind);
   const SequenceTable table =
       carve_table(take_workspace(workspace, table_bytes(entries), "attention sequences"), entries);
   write_table(n, {&call, 1}, table, stream);
@@ -270,7 +274,7 @@ std::vector<Call> cut_into_calls(const AttentionKind& largest, std::span<const S
       if (products(kind_of(begin, end + 1)) > products(largest)) break;
     }
     calls.push_back({kind_of(begin, end), blocks.subspan(begin, end - begin), entries});
-    entries += calls.back().kind.sequences + 1;
+    entries += entries_of(calls.back().kind);
   }
   return calls;
 }
@@ -296,7 +300,7 @@ void backward_in_order(const Sizes& n, const std::vector<Sequence>& documents, c
   const AttentionKind largest = one_head_kind(n);
   const std::vector<Sequence> blocks = blocks_of(documents, to_int(largest.queries, n.call));
   const std::vector<Call> calls = cut_into_calls(largest, blocks);
-  const std::int64_t entries = calls.back().first + calls.back().kind.sequences + 1, elements = n.keys * n.head_dim;
+  const std::int64_t entries = calls.back().first + entries_of(calls.back().kind), elements = n.keys * n.head_dim;
   const KeyPair head = take_key_pair(elements, head_label, workspace);
   const KeyPair of_call = take_key_pair(elements, gradients_label, workspace);
   float* sums = floats(workspace.allocate(DType::f32, {2, elements}, gradients_label));
