@@ -19,13 +19,15 @@ from tokenizers import ByteLevelBPETokenizer
 
 
 def keep_first(path: Path, count: int) -> None:
-    with h5py.File(path, "r+") as file:
-        tokens = file["tokens"][:count]
-        offsets = file["document_offsets"][:]
-        offsets = np.append(offsets[offsets < len(tokens)], np.uint64(len(tokens)))
-        for name, values in (("tokens", tokens), ("document_offsets", offsets)):
-            del file[name]
-            file.create_dataset(name, data=values)
+    shorter = path.with_suffix(".part")  # HDF5 does not give back what is deleted
+    with h5py.File(path) as old, h5py.File(shorter, "w") as new:
+        for name, value in old.attrs.items():
+            new.attrs[name] = value
+        tokens = old["tokens"][:count]
+        offsets = old["document_offsets"][:]
+        new["tokens"] = tokens
+        new["document_offsets"] = np.append(offsets[offsets < len(tokens)], np.uint64(len(tokens)))
+    shorter.replace(path)
 
 
 def main() -> None:
