@@ -57,6 +57,8 @@ std::size_t bytes_of_a_device();
 
 /// In some device's range, allocated or not.
 bool is_on_device(const void* address);
+/// In the part of a device's range that holds or has held allocations.
+bool was_ever_used(const void* address);
 /// The device of the allocation that holds the address, or ends there; -1 for any other address.
 int device_of(const void* address);
 /// The memory behind a checked device address; a host address is its own.
