@@ -35,6 +35,7 @@ std::vector<TensorSlice> SliceBuffer::copy(std::span<const TensorSlice> slices, 
     }
     capacity_ = needed;
   }
+  synchronize(stream);  // slices in host memory may be on their way there
   std::vector<TensorSlice> copies(slices.begin(), slices.end());
   std::byte* at = memory_.get();
   for (TensorSlice& s : copies) {

@@ -5,6 +5,7 @@
 
 #include "core/stream.h"
 #include "core/tensor.h"
+#include "kernels/settings.h"
 
 /// Declares cpu::name and cuda::name with the signature of the public kernels::name. Use inside deltapipe::kernels.
 #define DELTAPIPE_KERNEL(name)  \
@@ -26,6 +27,7 @@
 #define DELTAPIPE_DISPATCH(stream, name, ...)    \
   do {                                           \
     if (!(stream).is_dry()) {                    \
+      const CallSpan span(stream, #name);        \
       DELTAPIPE_CALL(stream, name, __VA_ARGS__); \
     }                                            \
   } while (false)
@@ -33,10 +35,29 @@
 /// For operations with workspace: the implementation takes its workspace, then returns when the stream is dry.
 #define DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, name, ...) \
   do {                                                       \
+    const CallSpan span(stream, #name);                      \
     DELTAPIPE_CALL(stream, name, __VA_ARGS__);               \
   } while (false)
 
 namespace deltapipe::kernels {
+
+/// Tells the observer of a call's beginning and end.
+class CallSpan {
+ public:
+  CallSpan(const Stream& stream, const char* name)
+      : stream_(stream), name_(call_observer != nullptr && !stream.is_dry() ? name : nullptr) {
+    if (name_ != nullptr) call_observer(stream_, name_, true);
+  }
+  ~CallSpan() {
+    if (name_ != nullptr) call_observer(stream_, name_, false);
+  }
+  CallSpan(const CallSpan&) = delete;
+  CallSpan& operator=(const CallSpan&) = delete;
+
+ private:
+  const Stream& stream_;
+  const char* name_;
+};
 
 [[noreturn]] inline void no_cuda(const char* name) {
   fail<InternalError>("{}: this binary was built without CUDA", name);

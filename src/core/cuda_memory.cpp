@@ -46,6 +46,12 @@ int device_count() {
   return count;
 }
 
+std::string describe_device(int index) {
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+  return properties.name;
+}
+
 void set_device(int index) {
   const int count = device_count();
   if (index < 0 || index >= count) {
@@ -65,6 +71,13 @@ void* allocate(int index, std::size_t bytes, const std::string& purpose) {
   check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
   fail<MemoryError>("cannot allocate {:.1f} MiB for {} on cuda:{}: {:.1f} of {:.1f} MiB are free", mebibytes(bytes),
                     purpose, index, mebibytes(available), mebibytes(total));
+}
+
+std::size_t memory_in_use(int index) {
+  const DeviceScope scope(index);
+  std::size_t available = 0, total = 0;
+  check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+  return total - available;
 }
 
 void release(int index, void* memory) noexcept {

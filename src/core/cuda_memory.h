@@ -7,9 +7,11 @@
 namespace deltapipe::cuda_memory {
 
 int device_count();
+std::string describe_device(int index);
 void set_device(int index);
 void* allocate(int index, std::size_t bytes, const std::string& purpose);
 void release(int index, void* memory) noexcept;
+std::size_t memory_in_use(int index);
 void page_lock(void* memory, std::size_t bytes, const std::string& purpose);
 void page_unlock(void* memory) noexcept;
 void copy(void* stream, std::size_t bytes, const void* from, void* to);

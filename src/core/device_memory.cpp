@@ -43,6 +43,15 @@ int cuda_device_count() {
 #endif
 }
 
+std::string describe_device(Device device) {
+  if (device.is_cpu()) return "cpu";
+#ifdef DELTAPIPE_CUDA
+  return cuda_memory::describe_device(device.index);
+#else
+  no_cuda();
+#endif
+}
+
 void set_device(Device device) {
   if (device.is_cuda()) DELTAPIPE_ON_CUDA(set_device(device.index));
 }
@@ -70,6 +79,15 @@ void release_memory(Device device, void* memory, std::size_t bytes) noexcept {
   }
 #ifdef DELTAPIPE_CUDA
   cuda_memory::release(device.index, memory);
+#endif
+}
+
+std::size_t memory_in_use(Device device) {
+  if (device.is_cpu()) return 0;
+#ifdef DELTAPIPE_CUDA
+  return cuda_memory::memory_in_use(device.index);
+#else
+  no_cuda();
 #endif
 }
 

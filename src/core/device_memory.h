@@ -21,6 +21,9 @@ bool built_with_cuda();
 /// CUDA devices that this process sees; 0 without CUDA, whether in the binary or in the machine.
 int cuda_device_count();
 
+/// "NVIDIA H100 80GB HBM3"; "cpu".
+std::string describe_device(Device device);
+
 /// Makes `device` the one that this thread's CUDA calls address. Nothing for the CPU. Throws UsageError when there is
 /// no such device.
 void set_device(Device device);
@@ -29,6 +32,9 @@ void set_device(Device device);
 /// device and what it has free.
 void* allocate_memory(Device device, std::size_t bytes, const std::string& purpose);
 void release_memory(Device device, void* memory, std::size_t bytes) noexcept;
+
+/// Bytes of the device's memory that are taken, by whatever process, CUDA's own included; 0 for the CPU.
+std::size_t memory_in_use(Device device);
 
 /// Page-locks host memory, so that copies to and from CUDA devices run beside other work. Does nothing, and returns
 /// false, where there is no CUDA device. Throws MemoryError when the system refuses.

@@ -186,13 +186,15 @@ void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, 
 
 void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters,
                            const Stream& stream) {
+  for (Parameter& p : parameters.all()) init_freshly(p, config, seed, stream);
+}
+
+void init_freshly(Parameter& parameter, const StudentConfig& config, std::uint64_t seed, const Stream& stream) {
   Staging memory;
-  HostStaging converted;
-  for (Parameter& p : parameters.all()) {
-    const Tensor value = memory.make(accumulation_dtype(p.value.dtype), p.spec.shape);
-    fill_fresh(value, p.spec, config, seed, config.model.init_std);
-    converted.write(stream, p.value, [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), value, host); });
-  }
+  const Tensor value = memory.make(accumulation_dtype(parameter.value.dtype), parameter.spec.shape);
+  fill_fresh(value, parameter.spec, config, seed, config.model.init_std);
+  HostStaging().write(stream, parameter.value,
+                      [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), value, host); });
 }
 
 }  // namespace deltapipe

@@ -35,4 +35,7 @@ void init_student_from_teacher(const StudentConfig& config, std::uint64_t seed, 
 void init_student_randomly(const StudentConfig& config, std::uint64_t seed, ParameterTable& parameters,
                            const Stream& stream = Stream::cpu());
 
+/// One such weight.
+void init_freshly(Parameter& parameter, const StudentConfig& config, std::uint64_t seed, const Stream& stream);
+
 }  // namespace deltapipe

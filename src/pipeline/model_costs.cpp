@@ -57,6 +57,39 @@ ModelCosts estimate_costs(const ModelSpec& student, const ModelSpec* teacher, co
   return costs;
 }
 
+namespace {
+
+/// Of attention or KDA beside their projections, in forward, a token.
+double mixer_flops(const ModelSpec& spec, std::int64_t layer, std::int64_t sequence_length) {
+  if (spec.mixers[static_cast<std::size_t>(layer)] == Mixer::kda) {
+    constexpr double flops_of_head = 182e3, channels = 128;
+    const double ratio = static_cast<double>(spec.kda.head_dim) / channels;
+    return flops_of_head * ratio * ratio * static_cast<double>(spec.kda.heads);
+  }
+  return 2.0 * static_cast<double>(sequence_length * spec.heads * spec.head_dim);
+}
+
+/// forward(p) for every matrix that a token is multiplied with, and the mixers' own.
+template <class F>
+double sum_flops(const ModelSpec& spec, std::int64_t sequence_length, double mixer_passes, const F& passes) {
+  double sum = 0;
+  for (const ParameterSpec& p : parameters_of(spec)) {
+    const bool is_lookup = p.layer < 0 && !spec.tied_embeddings;  // a tied embedding is the head, too
+    if (p.shape.rank() == 2 && !is_lookup) sum += 2.0 * static_cast<double>(p.shape.numel()) * passes(p);
+  }
+  for (std::int64_t l = 0; l < spec.layers(); ++l) sum += mixer_passes * mixer_flops(spec, l, sequence_length);
+  return sum;
+}
+
+}  // namespace
+
+double model_flops_per_token(const ModelSpec& student, const ModelSpec* teacher, std::int64_t sequence_length,
+                             const std::function<bool(const ParameterSpec&)>& trained) {
+  double sum = sum_flops(student, sequence_length, 3.0, [&](const ParameterSpec& p) { return trained(p) ? 3.0 : 2.0; });
+  if (teacher != nullptr) sum += sum_flops(*teacher, sequence_length, 1.0, [](const ParameterSpec&) { return 1.0; });
+  return sum;
+}
+
 LayerCosts to_layer_costs(const ModelCosts& costs) {
   const auto seconds = [](const StageCost& c) {
     return c.teacher_forward_s + c.forward_s + c.backward_input_s + c.backward_weight_s;

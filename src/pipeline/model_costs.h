@@ -7,6 +7,7 @@
 #include "pipeline/partition.h"
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace deltapipe::pipeline {
@@ -33,6 +34,16 @@ struct ModelCosts {
 };
 ModelCosts estimate_costs(const ModelSpec& student, const ModelSpec* teacher, const WorkOfMicrobatch& work,
                           const Speed& speed = {});
+
+/// FLOP a token that a training step cannot do without: forward of both models, and the student's backward, of which
+/// the weights' part counts for what `trained` selects. Recomputation does not count; the MFU of a step is these, times
+/// its tokens, over its seconds and the device's peak. Matrix products 2 a weight (twice that in backward), causal
+/// attention 4 heads head_dim times half the length (twice in backward), KDA 182,000 a head of 128 channels in forward
+/// (chunks of 64 tokens), twice that in backward. `teacher` may be null.
+double model_flops_per_token(const ModelSpec& student, const ModelSpec* teacher, std::int64_t sequence_length,
+                             const std::function<bool(const ParameterSpec&)>& trained);
+/// Dense bfloat16 peak of an H100 SXM, FLOP a second: what MFU is of.
+inline constexpr double h100_peak_flops = 989e12;
 
 /// For partition_layers: seconds of teacher and student, forward and backward.
 LayerCosts to_layer_costs(const ModelCosts& costs);

@@ -65,6 +65,9 @@ std::string describe_memory(const RunPlan& plan) {
     rows.front().push_back(name.substr(0, name.find(" weights")));  // the title says what they are of the models
   }
   rows.front().push_back("total");
+  const bool uses_host =
+      std::any_of(plan.memory.begin(), plan.memory.end(), [](const RankMemory& m) { return m.host > 0; });
+  if (uses_host) rows.front().push_back("host, beside");
   const auto mebibytes = [](std::size_t bytes) {
     return fmt::format("{:.1f}", static_cast<double>(bytes) / (std::size_t{1} << 20));
   };
@@ -76,6 +79,7 @@ std::string describe_memory(const RunPlan& plan) {
     std::vector<std::string> row{fmt::format("{}", p)};
     for (const auto& [name, bytes] : most->arenas) row.push_back(mebibytes(bytes));
     row.push_back(mebibytes(most->total()));
+    if (uses_host) row.push_back(mebibytes(most->host));
     rows.push_back(row);
   }
   return fmt::format(
@@ -148,7 +152,8 @@ std::string to_json(const RunPlan& plan) {
                               {"pipeline", m.at.pipeline},
                               {"sequence", m.at.sequence},
                               {"arenas", arenas},
-                              {"total", m.total()}});
+                              {"total", m.total()},
+                              {"host", m.host}});
   }
   root["time_model"] = {{"device", plan.device.name},
                         {"flops_per_second", plan.device.compute.flops},

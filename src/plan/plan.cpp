@@ -29,8 +29,10 @@ RankMemory measure_rank(const TrainingPlan& plan, int rank) {
   Mesh mesh(plan.mesh, rank);
   const bool cuda = plan.config.run.device == DeviceChoice::cuda;
   const ArenaSet measured = Trainer::measure(plan, mesh, {cuda ? Device::Kind::cuda : Device::Kind::cpu, 0});
-  RankMemory memory{rank, mesh.coordinate(), {}};
-  for (const Arena* a : measured.all()) memory.arenas.emplace_back(a->name(), a->peak());
+  RankMemory memory{rank, mesh.coordinate(), {}, measured.host.peak()};
+  for (const Arena* a : measured.all()) {
+    if (a != &measured.host) memory.arenas.emplace_back(a->name(), a->peak());
+  }
   return memory;
 }
 

@@ -37,8 +37,9 @@ PlannedModels read_planned_models(const Config& config);
 struct RankMemory {
   int rank = 0;
   Coordinate at;
-  std::vector<std::pair<std::string, std::size_t>> arenas;  // name, bytes
-  std::size_t total() const;
+  std::vector<std::pair<std::string, std::size_t>> arenas;  // name, bytes of the device's memory
+  std::size_t host = 0;                                     // bytes of page-locked host memory beside it
+  std::size_t total() const;                                // of the device's memory
 };
 
 /// A stage of the recipe against the time model.

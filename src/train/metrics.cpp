@@ -76,6 +76,7 @@ void MetricsFile::write(const StepMetrics& m) {
                    {"tokens_per_second", m.tokens_per_second},
                    {"seconds", m.seconds},
                    {"skipped", m.skipped}};
+  if (m.mfu > 0) j["mfu"] = m.mfu;
   const std::pair<const char*, double> losses[] = {{"ce", r.ce},
                                                    {"kl", r.kl},
                                                    {"reverse_kl", r.reverse_kl},
@@ -102,15 +103,16 @@ void MetricsFile::write_end(const RunResult& r) {
     for (const ArenaUse& a : rank) arenas[a.name] = {{"planned", a.planned_bytes}, {"peak", a.peak_bytes}};
     memory.push_back(arenas);
   }
-  line(nlohmann::json{{"end", true},
-                      {"step", r.steps},
-                      {"tokens", r.tokens},
-                      {"skipped", r.skipped},
-                      {"stopped_by_signal", r.stopped_by_signal},
-                      {"seconds", r.seconds},
-                      {"peak_rss_bytes", r.peak_rss_bytes},
-                      {"memory", memory}}
-           .dump());
+  nlohmann::json j{{"end", true},
+                   {"step", r.steps},
+                   {"tokens", r.tokens},
+                   {"skipped", r.skipped},
+                   {"stopped_by_signal", r.stopped_by_signal},
+                   {"seconds", r.seconds},
+                   {"peak_rss_bytes", r.peak_rss_bytes},
+                   {"memory", memory}};
+  if (r.device_bytes > 0) j["device_bytes"] = r.device_bytes;
+  line(j.dump());
 }
 
 void MetricsFile::write_evaluation(std::int64_t step, const std::string& stage, const DivergenceResult& result) {
@@ -132,8 +134,9 @@ std::string ConsoleProgress::line(const StepMetrics& m, std::int64_t stage_steps
   const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin_).count();
   const auto done = static_cast<double>(m.tokens_seen - first_tokens_);
   const auto rest = static_cast<double>(total_tokens_ - std::min(total_tokens_, m.tokens_seen));
-  text += fmt::format("  grad {:.3g}  lr {:.3g}  {:.0f} tokens/s  {:.1f} %  left {}", m.report.gradient_norm,
-                      m.report.learning_rate, m.tokens_per_second,
+  const std::string mfu = m.mfu > 0 ? fmt::format("  MFU {:.1f} %", 100 * m.mfu) : "";
+  text += fmt::format("  grad {:.3g}  lr {:.3g}  {:.0f} tokens/s{}  {:.1f} %  left {}", m.report.gradient_norm,
+                      m.report.learning_rate, m.tokens_per_second, mfu,
                       100.0 * static_cast<double>(m.tokens_seen) / static_cast<double>(total_tokens_),
                       clock(done > 0 ? rest * elapsed / done : 0));
   return text;

@@ -26,6 +26,7 @@ struct StepMetrics {
   std::uint64_t tokens_seen = 0;  // sequence positions, over all stages
   double seconds = 0;             // of this step
   double tokens_per_second = 0;
+  double mfu = 0;            // model FLOPs over the ranks' H100 peak (pipeline/model_costs.h); 0: not on GPUs
   std::int64_t skipped = 0;  // non-finite steps so far
   StepReport report;
   std::vector<TrafficMetrics> traffic;  // of what was used; empty for a job of one rank
@@ -46,6 +47,7 @@ struct RunResult {
   int stopped_by_signal = 0;          // 0: the run is complete
   double seconds = 0;                 // of this process's steps, evaluations and checkpoints
   std::uint64_t peak_rss_bytes = 0;   // of this process
+  std::uint64_t device_bytes = 0;     // of rank 0's GPU in use at the end; 0: on the CPU
   std::vector<RankMemoryUse> memory;  // [rank]
 };
 

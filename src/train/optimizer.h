@@ -4,10 +4,13 @@
 #include "core/arena.h"
 #include "core/config.h"
 #include "core/stream.h"
+#include "kernels/adamw.h"
 #include "model/context.h"
 #include "model/parameters.h"
+#include "train/state_ferry.h"
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -23,15 +26,22 @@ class Optimizer {
     int count = 1;
   };
 
+  struct Settings {
+    Shard shard;
+    std::uint64_t seed = 0;        // of stochastic rounding
+    Arena* host_states = nullptr;  // page-locked host memory for the states, with memory.optimizer = "host"
+  };
+
   /// Takes both moments (and, where weights are not in the accumulation dtype, master weights) from `arena` for what of
-  /// every parameter with gradient memory lies in `shard`.
+  /// every parameter with gradient memory lies in the shard. With optimizer.state = "bfloat16" the moments of bfloat16
+  /// weights are bfloat16 and there are no master weights: all three are rounded stochastically.
   ///
   /// Decoupled weight decay acts on tensors of two and more dimensions; vectors (norms, biases, A_log, dt_bias) are
   /// never decayed. The first [[optimizer.group]] whose pattern is found in a name sets its learning-rate factor and
   /// may switch its decay off.
-  Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena, Shard shard);
+  Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena, const Settings& settings);
   Optimizer(const OptimizerConfig& config, ParameterTable& parameters, Arena& arena)
-      : Optimizer(config, parameters, arena, Shard()) {}
+      : Optimizer(config, parameters, arena, Settings()) {}
 
   /// Zero moments and step count: every stage starts its own optimization.
   void reset(const Stream& stream);
@@ -59,7 +69,8 @@ class Optimizer {
   struct State {
     Parameter* parameter;
     std::int64_t begin, end;
-    Tensor master, exp_avg, exp_avg_sq;  // [end - begin]; master is the weight itself where dtypes agree
+    Tensor master, exp_avg, exp_avg_sq;  // [end - begin]; master is the weight itself where there is no other
+    bool has_master() const { return master.data != value().data; }
     Tensor gradient() const { return flat(parameter->gradient_memory); }
     Tensor value() const { return flat(parameter->value); }
 
@@ -74,8 +85,12 @@ class Optimizer {
     double learning_rate_factor = 1.0;
     double weight_decay = 0.0;
   };
+  void update(const Context& c, const State& s, const kernels::AdamWStep& step);
+
   OptimizerConfig config_;
   ParameterTable& parameters_;
+  std::uint64_t seed_;
+  std::optional<StateFerry> ferry_;  // for states in host memory
   std::vector<State> state_;
   std::vector<Group> group_;  // one an entry of state_
   Tensor norm_;               // float64 [1]

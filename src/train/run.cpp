@@ -223,19 +223,6 @@ class TrafficMeter {
   std::array<double, 2 * entries> before_{};
 };
 
-/// This rank's device: on CUDA one of its host's, dealt out in turn; from here on this thread's. Throws UsageError.
-Device choose_device(const Config& config, MpiRuntime& runtime) {
-  if (config.run.device == DeviceChoice::cpu) return {};
-  Device device{Device::Kind::cuda, 0};
-  runtime.together([&] {
-    const int count = cuda_device_count();
-    if (count == 0) fail<UsageError>("run.device is \"cuda\", but this machine shows no CUDA device");
-    device.index = runtime.local_rank() % count;
-    set_device(device);
-  });
-  return device;
-}
-
 class TrainingRun {
  public:
   TrainingRun(const Config& config, const RunOptions& options, MpiRuntime& runtime)
@@ -347,7 +334,8 @@ class TrainingRun {
       log::warn("stopped by signal {} ({}) after step {}; go on with --resume auto", signal_, strsignal(signal_),
                 at.step);
     }
-    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), {}};
+    RunResult result{at.step, at.tokens, at.skipped, signal_, seconds_since(begin_time), peak_rss_bytes(), 0, {}};
+    result.device_bytes = memory_in_use(device_);
     result.memory = gather_memory(runtime_.world(), measured, *arenas);
     if (metrics) metrics->write_end(result);
     return result;
@@ -487,6 +475,9 @@ class TrainingRun {
     m.skipped = at.skipped;
     m.seconds = seconds_since(begin);
     m.tokens_per_second = static_cast<double>(tokens) / m.seconds;
+    if (device_.is_cuda()) {
+      m.mfu = m.tokens_per_second * plan_.flops_per_token(index) / (runtime_.size() * pipeline::h100_peak_flops);
+    }
     if (runtime_.size() > 1) m.traffic = traffic_->measure();
     runtime_.together([&] {
       if (metrics) metrics->write(m);
@@ -552,6 +543,18 @@ void check_backend(const Config& config) {
   if (config.memory.optimizer != OptimizerPlace::device) {
     fail<ConfigError>("memory.optimizer \"host\" needs run.device = \"cuda\": on the CPU everything is in host memory");
   }
+}
+
+Device choose_device(const Config& config, MpiRuntime& runtime) {
+  if (config.run.device == DeviceChoice::cpu) return {};
+  Device device{Device::Kind::cuda, 0};
+  runtime.together([&] {
+    const int count = cuda_device_count();
+    if (count == 0) fail<UsageError>("run.device is \"cuda\", but this machine shows no CUDA device");
+    device.index = runtime.local_rank() % count;
+    set_device(device);
+  });
+  return device;
 }
 
 ModelSources open_models(const Config& config, std::int64_t data_vocabulary) {

@@ -35,6 +35,10 @@ RunResult run_training(const Config& config, const RunOptions& options, MpiRunti
 /// Throws ConfigError when this binary cannot do what the configuration asks of the device.
 void check_backend(const Config& config);
 
+/// The device that this rank computes on: on CUDA one of its host's, dealt out in turn; from here on it is this
+/// thread's. Collective. Throws UsageError where there is none.
+Device choose_device(const Config& config, MpiRuntime& runtime);
+
 /// The models that a configuration speaks of, opened but not loaded.
 struct ModelSources {
   std::unique_ptr<HuggingFaceFolder> teacher;         // null: no teacher

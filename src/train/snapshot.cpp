@@ -65,7 +65,7 @@ void restore_snapshot(CheckpointReader& reader, ParameterTable& parameters, Opti
     fill(master_group, s, s.master);
     fill("exp_avg", s, s.exp_avg);
     fill("exp_avg_sq", s, s.exp_avg_sq);
-    if (s.master.data == s.value().data) continue;
+    if (!s.has_master()) continue;
     const Tensor master = staging.read(stream, s.master);
     converted.write(stream, s.value(), [&](const Tensor& host) { kernels::copy_cast(Stream::cpu(), master, host); });
   }

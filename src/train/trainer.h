@@ -43,6 +43,8 @@ struct TrainingPlan {
   std::vector<LayerRange> ranges_of(int pipeline_rank) const;
   /// Microbatches that a rank runs in a step of stage i.
   int microbatches(std::size_t i) const;
+  /// pipeline::model_flops_per_token of stage i.
+  double flops_per_token(std::size_t i) const;
   /// What the schedule of stage i was placed with; another speed gives its time on another device.
   pipeline::CostModel cost_model(std::size_t i, const pipeline::Speed& speed = {}) const;
 };

@@ -156,6 +156,13 @@ int TrainingPlan::microbatches(std::size_t i) const {
   return static_cast<int>(s.batch_sequences / (s.microbatch_sequences * mesh.data));
 }
 
+double TrainingPlan::flops_per_token(std::size_t i) const {
+  const auto frozen = compile_patterns(config.stages[i].frozen);
+  return pipeline::model_flops_per_token(
+      student, objectives[i].needs_teacher() ? teacher_spec() : nullptr, config.stages[i].sequence_length,
+      [&](const ParameterSpec& p) { return reaches(objectives[i], p, student) && !matches_any(frozen, p.name); });
+}
+
 pipeline::CostModel TrainingPlan::cost_model(std::size_t i, const pipeline::Speed& speed) const {
   const pipeline::ModelCosts costs = costs_of(*this, i, speed);
   pipeline::Partition stages;

@@ -115,7 +115,7 @@ std::vector<std::string> read_metrics(const fs::path& file) {
   for (std::string line; std::getline(text, line);) {
     nlohmann::json j = nlohmann::json::parse(line);
     if (j.contains("end")) continue;
-    for (const char* varies : {"seconds", "tokens_per_second", "traffic"}) j.erase(varies);
+    for (const char* varies : {"seconds", "tokens_per_second", "mfu", "traffic"}) j.erase(varies);
     lines.push_back(j.dump());
   }
   return lines;

@@ -1,28 +1,18 @@
 // Times every operation on the shapes of AFM-4.5B: a table, and JSON with --out.
 #include "kernels/cuda/common.h"
 #include "tools/bench/kernels/bench.h"
+#include "tools/bench/report.h"
 
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include <cstdio>
-#include <fstream>
-#include <iterator>
-#include <regex>
 
 namespace deltapipe::bench {
 namespace {
 
 using kernels::cuda::check;
-
-/// Version of the kernel driver, as it says itself; empty where it does not.
-std::string driver_version() {
-  std::ifstream file("/proc/driver/nvidia/version");
-  const std::string text{std::istreambuf_iterator<char>(file), {}};
-  std::smatch match;
-  return std::regex_search(text, match, std::regex(R"(\b(\d+\.\d+(\.\d+)?)\b)")) ? match[1].str() : std::string();
-}
 
 int run(int argc, char** argv) {
   std::string out, only, commit = DELTAPIPE_COMMIT;
@@ -53,14 +43,7 @@ int run(int argc, char** argv) {
   measure_memory_bound(bench, tokens);
 
   if (out.empty()) return 0;
-  nlohmann::ordered_json json;
-  json["benchmark"] = "kernels";
-  json["gpu"] = properties.name;
-  json["driver"] = driver_version();
-  json["commit"] = commit;
-  std::string command = "kernels";
-  for (int i = 1; i < argc; ++i) command += fmt::format(" {}", argv[i]);
-  json["command"] = command;
+  nlohmann::ordered_json json = begin_report("kernels", properties.name, commit, argc, argv);
   json["copy_bytes_per_second"] = limits.copy_bandwidth;
   json["rows"] = nlohmann::ordered_json::array();
   for (const Row& row : bench.rows()) {
@@ -71,9 +54,7 @@ int run(int argc, char** argv) {
                             {"flop", row.flop},
                             {"fraction_of_limit", row.fraction}});
   }
-  std::ofstream file(out);
-  file << json.dump(1) << "\n";
-  if (!file.flush()) fail<IoError>("cannot write {}", out);
+  write_report(out, json);
   return 0;
 }
 
