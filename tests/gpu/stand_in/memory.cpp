@@ -193,6 +193,22 @@ std::byte* behind(const void* p) {
   return devices()[static_cast<std::size_t>(device)].memory + (reinterpret_cast<std::uintptr_t>(p) - base_of(device));
 }
 
+void fill(void* memory, int value, std::size_t bytes) {
+  std::byte* begin = behind(memory);
+  std::byte* const end = begin + bytes;
+  const auto up = reinterpret_cast<std::uintptr_t>(begin) % page;
+  std::byte* const first = up == 0 ? begin : begin + (page - up);
+  if (value != 0 || first + page > end) {
+    std::memset(begin, value, bytes);
+    return;
+  }
+  // Whole pages of zeros are the system's: a job's memory may be larger than the machine's.
+  const std::size_t whole = static_cast<std::size_t>(end - first) / page * page;
+  madvise(first, whole, MADV_DONTNEED);
+  std::memset(begin, 0, static_cast<std::size_t>(first - begin));
+  std::memset(first + whole, 0, static_cast<std::size_t>(end - first) - whole);
+}
+
 std::string describe(const void* address) {
   if (address == nullptr) return "null";
   const std::lock_guard lock(mutex());

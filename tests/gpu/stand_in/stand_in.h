@@ -63,6 +63,8 @@ bool was_ever_used(const void* address);
 int device_of(const void* address);
 /// The memory behind a checked device address; a host address is its own.
 std::byte* behind(const void* address);
+/// memset of a checked device range.
+void fill(void* memory, int value, std::size_t bytes);
 /// "device 0, 96 bytes into one of 4096", "host memory", "device memory that is not allocated"
 std::string describe(const void* address);
 
