@@ -8,7 +8,8 @@
 // Backward. cuDNN sums dq with atomics, in an order that changes from run to run. Its deterministic way holds all
 // products dS of a call in memory, heads * queries * keys * 2 bytes, too much for long segments. So a call takes the
 // query heads of one key/value head and a block of queries, and the keys' gradients of the blocks are summed in
-// float32.
+// float32. That backward finds key gradients by the keys' own offsets, whatever it is told, so k and v of the head are
+// brought into the layout that its gradients have.
 #include "kernels/attention.h"
 
 #include "kernels/cuda/attention_kernels.h"
@@ -121,7 +122,6 @@ AttentionKind dense_kind(const Sizes& n, bool backward) {
           .head_dim = n.head_dim,
           .query_row = n.query_row(),
           .key_row = n.key_row(),
-          .key_gradient_row = n.key_row(),
           .scale = n.scale};
 }
 
@@ -136,13 +136,13 @@ AttentionKind packed_kind(AttentionKind base, std::span<const Sequence> sequence
   return base;
 }
 
-/// One kind of the deterministic backward: a key/value head with its query heads, its key gradients on their own.
+/// One kind of the deterministic backward: a key/value head with its query heads, its keys on their own.
 AttentionKind one_head_kind(const Sizes& n) {
   AttentionKind kind = dense_kind(n, true);
   kind.deterministic = true;
   kind.heads = n.group();
   kind.kv_heads = 1;
-  kind.key_gradient_row = n.head_dim;
+  kind.key_row = n.head_dim;
   kind.queries = block_queries(n);
   kind.keys = bucket(n.keys, n.keys);
   return kind;
@@ -152,23 +152,27 @@ AttentionKind one_head_kind(const Sizes& n) {
 struct Call {
   AttentionKind kind;
   std::span<const Sequence> sequences;
-  std::int64_t first = 0;  // entry; a call has one more than kind.sequences
+  std::int64_t first = 0;  // entry
 };
 
+/// Entries of a call: one more than its sequences, and a multiple of 4, so that the next call's begin at 16 bytes, as
+/// cuDNN wants tensors.
+std::int64_t entries_of(const AttentionKind& kind) { return (kind.sequences + 1 + 3) / 4 * 4; }
+
 std::size_t table_bytes(std::int64_t entries) {
-  return static_cast<std::size_t>(entries) * (4 * sizeof(std::int64_t) + 2 * sizeof(std::int32_t));
+  return static_cast<std::size_t>(entries) * (3 * sizeof(std::int64_t) + 2 * sizeof(std::int32_t));
 }
 
 SequenceTable carve_table(void* memory, std::int64_t entries) {
   auto* offsets = static_cast<std::int64_t*>(memory);
-  auto* lengths = reinterpret_cast<std::int32_t*>(offsets + 4 * entries);
-  return {offsets, offsets + entries, offsets + 2 * entries, offsets + 3 * entries, lengths, lengths + entries};
+  auto* lengths = reinterpret_cast<std::int32_t*>(offsets + 3 * entries);
+  return {offsets, offsets + entries, offsets + 2 * entries, lengths, lengths + entries};
 }
 
 /// Fills the table: each call's sequences, then empty ones where they end.
 void write_table(const Sizes& n, std::span<const Call> calls, const SequenceTable& table, cudaStream_t stream) {
   const AttentionKind& kind = calls.front().kind;  // all have the same rows
-  const SequenceRows rows{kind.query_row, kind.key_row, kind.key_gradient_row};
+  const SequenceRows rows{kind.query_row, kind.key_row};
   SequenceList list{};
   int filled = 0, written = 0;
   const auto flush = [&] {
@@ -179,7 +183,7 @@ void write_table(const Sizes& n, std::span<const Call> calls, const SequenceTabl
   for (const Call& c : calls) {
     const Sequence& last = c.sequences.back();
     const Sequence empty{last.query + last.queries, 0, last.key + last.keys, 0};
-    for (std::int64_t i = 0; i <= c.kind.sequences; ++i) {
+    for (std::int64_t i = 0; i < entries_of(c.kind); ++i) {
       list.at[filled++] = i < std::ssize(c.sequences) ? c.sequences[static_cast<std::size_t>(i)] : empty;
       if (filled == SequenceList::capacity) flush();
     }
@@ -190,7 +194,6 @@ void write_table(const Sizes& n, std::span<const Call> calls, const SequenceTabl
 void point_to(const SequenceTable& table, std::int64_t first, AttentionTensors& t) {
   t.query_offsets = table.query_offsets + first;
   t.key_offsets = table.key_offsets + first;
-  t.key_gradient_offsets = table.key_gradient_offsets + first;
   t.lse_offsets = table.lse_offsets + first;
   t.query_lengths = table.query_lengths + first;
   t.key_lengths = table.key_lengths + first;
@@ -198,7 +201,7 @@ void point_to(const SequenceTable& table, std::int64_t first, AttentionTensors& 
 
 /// Entries of the table that any documents of this many queries may need, in one call or in blocks.
 std::int64_t most_entries(const Sizes& n) {
-  return 2 * static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(n.queries))) + 1;
+  return 4 * static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(n.queries)));
 }
 
 void clear(void* memory, std::size_t bytes, const Sizes& n, cudaStream_t stream) {
@@ -209,7 +212,7 @@ void clear(void* memory, std::size_t bytes, const Sizes& n, cudaStream_t stream)
 Call pack(const Sizes& n, const std::vector<Sequence>& documents, bool backward, AttentionTensors& t,
           cudaStream_t stream, Arena& workspace) {
   const Call call{packed_kind(dense_kind(n, backward), documents, n.queries), documents};
-  const std::int64_t entries = call.kind.sequences + 1;
+  const std::int64_t entries = entries_of(call.kind);
   const SequenceTable table =
       carve_table(take_workspace(workspace, table_bytes(entries), "attention sequences"), entries);
   write_table(n, {&call, 1}, table, stream);
@@ -222,37 +225,39 @@ void run(const Call& call, const AttentionTensors& t, const Sizes& n, cudaStream
   run_attention(call.kind, t, memory, stream, n.call);
 }
 
-/// dk and dv.
-struct KeyGradients {
-  std::uint16_t *dk, *dv;
+/// Tensors shaped like keys: k and v, or dk and dv.
+struct KeyPair {
+  std::uint16_t *k, *v;
 };
 
-KeyGradients take_key_gradients(std::int64_t elements, Arena& workspace) {
-  const auto take = [&] { return bits(workspace.allocate(DType::bf16, {elements}, "attention key gradients")); };
-  std::uint16_t* dk = take();
-  return {dk, take()};
+KeyPair take_key_pair(std::int64_t elements, const char* label, Arena& workspace) {
+  const auto take = [&] { return bits(workspace.allocate(DType::bf16, {elements}, label)); };
+  std::uint16_t* k = take();
+  return {k, take()};
 }
+constexpr const char* gradients_label = "attention key gradients";
+constexpr const char* head_label = "attention keys of a head";
 
 /// One call for all documents. Keys that no query sees get zeros.
 void backward_in_one_call(const Sizes& n, const std::vector<Sequence>& documents, const AttentionTensors& all,
                           bool accumulate, cudaStream_t stream, Arena& workspace) {
   AttentionTensors t = all;
-  const KeyGradients out{static_cast<std::uint16_t*>(t.dk), static_cast<std::uint16_t*>(t.dv)};
-  const KeyGradients into = accumulate ? take_key_gradients(n.keys * n.key_row(), workspace) : out;
-  t.dk = into.dk;
-  t.dv = into.dv;
+  const KeyPair out{static_cast<std::uint16_t*>(t.dk), static_cast<std::uint16_t*>(t.dv)};
+  const KeyPair into = accumulate ? take_key_pair(n.keys * n.key_row(), gradients_label, workspace) : out;
+  t.dk = into.k;
+  t.dv = into.v;
   const Call call =
       is_dense(n, documents) ? Call{dense_kind(n, true), documents} : pack(n, documents, true, t, stream, workspace);
   run(call, t, n, stream, workspace);
   const auto unseen = static_cast<std::size_t>(documents.front().key * n.key_row());
   if (!accumulate) {
-    clear(out.dk, unseen * sizeof(*out.dk), n, stream);
-    clear(out.dv, unseen * sizeof(*out.dv), n, stream);
+    clear(out.k, unseen * sizeof(*out.k), n, stream);
+    clear(out.v, unseen * sizeof(*out.v), n, stream);
     return;
   }
   const std::size_t seen = static_cast<std::size_t>(n.keys * n.key_row()) - unseen;
-  check(add_gradients(into.dk + unseen, seen, out.dk + unseen, stream), n.call);
-  check(add_gradients(into.dv + unseen, seen, out.dv + unseen, stream), n.call);
+  check(add_gradients(into.k + unseen, seen, out.k + unseen, stream), n.call);
+  check(add_gradients(into.v + unseen, seen, out.v + unseen, stream), n.call);
 }
 
 /// Cuts blocks into calls: short documents go together while they hold no more dS than the largest block does.
@@ -269,17 +274,25 @@ std::vector<Call> cut_into_calls(const AttentionKind& largest, std::span<const S
       if (products(kind_of(begin, end + 1)) > products(largest)) break;
     }
     calls.push_back({kind_of(begin, end), blocks.subspan(begin, end - begin), entries});
-    entries += calls.back().kind.sequences + 1;
+    entries += entries_of(calls.back().kind);
   }
   return calls;
 }
 
-/// Moves pointers to the tensors of key/value head `kv` and its query heads.
-void point_to_head(const Sizes& n, std::int64_t kv, AttentionTensors& t) {
-  const std::int64_t query = kv * n.group() * n.head_dim, key = kv * n.head_dim;
+/// Moves pointers to the query heads of key/value head `kv`.
+void point_to_queries(const Sizes& n, std::int64_t kv, AttentionTensors& t) {
+  const std::int64_t query = kv * n.group() * n.head_dim;
   for (void** p : {&t.q, &t.o, &t.d_o, &t.dq}) *p = static_cast<std::uint16_t*>(*p) + query;
-  for (void** p : {&t.k, &t.v}) *p = static_cast<std::uint16_t*>(*p) + key;
   t.lse = static_cast<float*>(t.lse) + kv * n.group() * n.queries;
+}
+
+/// Rows of head `kv` of x [keys, kv_heads, head_dim], one after another.
+void gather_head(const Sizes& n, std::int64_t kv, const void* x, std::uint16_t* rows, cudaStream_t stream) {
+  const std::size_t width = static_cast<std::size_t>(n.head_dim) * sizeof(*rows);
+  const auto* first = static_cast<const std::uint16_t*>(x) + kv * n.head_dim;
+  check(cudaMemcpy2DAsync(rows, width, first, width * static_cast<std::size_t>(n.kv_heads), width,
+                          static_cast<std::size_t>(n.keys), cudaMemcpyDeviceToDevice, stream),
+        n.call);
 }
 
 void backward_in_order(const Sizes& n, const std::vector<Sequence>& documents, const AttentionTensors& all,
@@ -287,17 +300,22 @@ void backward_in_order(const Sizes& n, const std::vector<Sequence>& documents, c
   const AttentionKind largest = one_head_kind(n);
   const std::vector<Sequence> blocks = blocks_of(documents, to_int(largest.queries, n.call));
   const std::vector<Call> calls = cut_into_calls(largest, blocks);
-  const std::int64_t entries = calls.back().first + calls.back().kind.sequences + 1, elements = n.keys * n.head_dim;
-  const KeyGradients of_call = take_key_gradients(elements, workspace);
-  float* sums = floats(workspace.allocate(DType::f32, {2, elements}, "attention key gradients"));
+  const std::int64_t entries = calls.back().first + entries_of(calls.back().kind), elements = n.keys * n.head_dim;
+  const KeyPair head = take_key_pair(elements, head_label, workspace);
+  const KeyPair of_call = take_key_pair(elements, gradients_label, workspace);
+  float* sums = floats(workspace.allocate(DType::f32, {2, elements}, gradients_label));
   const SequenceTable table =
       carve_table(take_workspace(workspace, table_bytes(entries), "attention sequences"), entries);
   write_table(n, calls, table, stream);
   for (std::int64_t kv = 0; kv < n.kv_heads; ++kv) {
     AttentionTensors t = all;
-    point_to_head(n, kv, t);
-    t.dk = of_call.dk;
-    t.dv = of_call.dv;
+    point_to_queries(n, kv, t);
+    gather_head(n, kv, all.k, head.k, stream);
+    gather_head(n, kv, all.v, head.v, stream);
+    t.k = head.k;
+    t.v = head.v;
+    t.dk = of_call.k;
+    t.dv = of_call.v;
     clear(sums, static_cast<std::size_t>(2 * elements) * sizeof(float), n, stream);
     for (const Call& c : calls) {
       const auto scope = workspace.scope();
@@ -305,8 +323,8 @@ void backward_in_order(const Sizes& n, const std::vector<Sequence>& documents, c
       run(c, t, n, stream, workspace);
       const Sequence &first = c.sequences.front(), &last = c.sequences.back();
       const std::int64_t begin = first.key * n.head_dim, end = (last.key + last.keys) * n.head_dim;
-      check(add_to_sums(of_call.dk + begin, static_cast<std::size_t>(end - begin), sums + begin, stream), n.call);
-      check(add_to_sums(of_call.dv + begin, static_cast<std::size_t>(end - begin), sums + elements + begin, stream),
+      check(add_to_sums(of_call.k + begin, static_cast<std::size_t>(end - begin), sums + begin, stream), n.call);
+      check(add_to_sums(of_call.v + begin, static_cast<std::size_t>(end - begin), sums + elements + begin, stream),
             n.call);
     }
     const auto keys = static_cast<std::size_t>(n.keys), row = static_cast<std::size_t>(n.key_row());
@@ -346,10 +364,11 @@ void attention_backward(const Stream& stream, const Tensor& d_o, const Tensor& q
   const bool deterministic = settings().deterministic;
   if (stream.is_dry()) {
     if (deterministic) {
-      take_key_gradients(n.keys * n.head_dim, workspace);
-      workspace.allocate(DType::f32, {2, n.keys * n.head_dim}, "attention key gradients");
+      take_key_pair(n.keys * n.head_dim, head_label, workspace);
+      take_key_pair(n.keys * n.head_dim, gradients_label, workspace);
+      workspace.allocate(DType::f32, {2, n.keys * n.head_dim}, gradients_label);
     } else if (accumulate_kv) {
-      take_key_gradients(n.keys * n.key_row(), workspace);
+      take_key_pair(n.keys * n.key_row(), gradients_label, workspace);
     }
     take_workspace(workspace, table_bytes(most_entries(n)), "attention sequences");
     const AttentionKind largest = deterministic ? one_head_kind(n) : dense_kind(n, true);

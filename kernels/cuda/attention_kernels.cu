@@ -18,7 +18,6 @@ __global__ void write_entries(const SequenceList list, int first, int count, con
   const int entry = first + i;
   table.query_offsets[entry] = s.query * rows.query;
   table.key_offsets[entry] = s.key * rows.key;
-  table.key_gradient_offsets[entry] = s.key * rows.key_gradient;
   table.lse_offsets[entry] = s.query;
   table.query_lengths[entry] = s.queries;
   table.key_lengths[entry] = s.keys;

@@ -22,13 +22,13 @@ struct SequenceList {
 
 /// Device arrays that describe sequences to cuDNN (see AttentionTensors).
 struct SequenceTable {
-  std::int64_t *query_offsets, *key_offsets, *key_gradient_offsets, *lse_offsets;
+  std::int64_t *query_offsets, *key_offsets, *lse_offsets;
   std::int32_t *query_lengths, *key_lengths;
 };
 
 /// Elements from a token to the next.
 struct SequenceRows {
-  std::int64_t query, key, key_gradient;
+  std::int64_t query, key;
 };
 
 /// Entries [first, first + count) of the table.

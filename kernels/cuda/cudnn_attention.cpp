@@ -31,7 +31,6 @@ enum Id : std::int64_t {
   id_key_lengths,
   id_query_offsets,
   id_key_offsets,
-  id_key_gradient_offsets,
   id_lse_offsets
 };
 
@@ -59,9 +58,6 @@ class Builder {
       key_lengths_ = index(id_key_lengths, kind_.sequences, fe::DataType_t::INT32);
       query_offsets_ = index(id_query_offsets, kind_.sequences + 1, fe::DataType_t::INT64);
       key_offsets_ = index(id_key_offsets, kind_.sequences + 1, fe::DataType_t::INT64);
-      if (kind_.backward) {
-        key_gradient_offsets_ = index(id_key_gradient_offsets, kind_.sequences + 1, fe::DataType_t::INT64);
-      }
       lse_offsets_ = index(id_lse_offsets, kind_.sequences + 1, fe::DataType_t::INT64);
     }
   }
@@ -86,8 +82,8 @@ class Builder {
     auto [dq, dk, dv] =
         graph_->sdpa_backward(queries(id_q), keys(id_k), keys(id_v), queries(id_o), queries(id_d_o), lse, options);
     give_query_layout(*dq, id_dq);
-    give_layout(*dk, id_dk, kind_.kv_heads, kind_.keys, kind_.key_gradient_row, key_gradient_offsets_);
-    give_layout(*dv, id_dv, kind_.kv_heads, kind_.keys, kind_.key_gradient_row, key_gradient_offsets_);
+    give_key_layout(*dk, id_dk);
+    give_key_layout(*dv, id_dv);
     for (const TensorNode& t : {dq, dk, dv}) t->set_output(true);
     return graph_;
   }
@@ -113,11 +109,15 @@ class Builder {
   }
   TensorNode keys(Id id) const {
     const TensorNode t = graph_->tensor(Attributes());
-    give_layout(*t, id, kind_.kv_heads, kind_.keys, kind_.key_row, key_offsets_);
+    give_key_layout(*t, id);
     return t;
   }
   void give_query_layout(Attributes& t, Id id) const {
     give_layout(t, id, kind_.heads, kind_.queries, kind_.query_row, query_offsets_);
+  }
+  /// k, v and their gradients share offsets: cuDNN's deterministic backward knows no others.
+  void give_key_layout(Attributes& t, Id id) const {
+    give_layout(t, id, kind_.kv_heads, kind_.keys, kind_.key_row, key_offsets_);
   }
   /// cuDNN's order of dimensions is sequence, head, token, channel; ours in memory is token, head, channel.
   void give_layout(Attributes& t, Id id, std::int64_t heads, std::int64_t tokens, std::int64_t row,
@@ -137,7 +137,7 @@ class Builder {
 
   const AttentionKind& kind_;
   std::shared_ptr<fe::graph::Graph> graph_;
-  TensorNode query_lengths_, key_lengths_, query_offsets_, key_offsets_, key_gradient_offsets_, lse_offsets_;
+  TensorNode query_lengths_, key_lengths_, query_offsets_, key_offsets_, lse_offsets_;
 };
 
 struct Plan {
@@ -167,7 +167,6 @@ class DeviceAttention {
     check(cudnnSetStream(handle_, stream), call);
     std::unordered_map<std::int64_t, void*> memory{{id_q, t.q}, {id_k, t.k}, {id_v, t.v}, {id_o, t.o}, {id_lse, t.lse}};
     if (kind.backward) memory.insert({{id_d_o, t.d_o}, {id_dq, t.dq}, {id_dk, t.dk}, {id_dv, t.dv}});
-    if (kind.packed && kind.backward) memory.emplace(id_key_gradient_offsets, t.key_gradient_offsets);
     if (kind.packed) {
       memory.insert({{id_query_lengths, t.query_lengths},
                      {id_key_lengths, t.key_lengths},
@@ -206,7 +205,7 @@ std::size_t attention_workspace_bound(const AttentionKind& kind) {
   const auto floats = [](std::int64_t n) { return static_cast<std::size_t>(n) * sizeof(float); };
   const std::int64_t group = kind.heads / kind.kv_heads;
   const std::size_t row_sums = floats(kind.total_queries * kind.heads);
-  const std::size_t full_heads = group == 1 ? 0 : 2 * floats(kind.total_keys * kind.key_gradient_row * group);
+  const std::size_t full_heads = group == 1 ? 0 : 2 * floats(kind.total_keys * kind.key_row * group);
   const std::size_t dq = kind.deterministic
                              ? static_cast<std::size_t>(kind.sequences * kind.heads * kind.queries * kind.keys) * 2
                              : floats(kind.total_queries * kind.query_row);

@@ -22,8 +22,8 @@ struct AttentionKind {
   std::int64_t queries = 0, keys = 0;              // of the longest sequence; its last query sees its last key
   std::int64_t total_queries = 0, total_keys = 0;  // that the tensors hold
   std::int64_t heads = 0, kv_heads = 0, head_dim = 0;
-  // Elements from a token to the next in q, o, d_o and dq; in k and v; in dk and dv.
-  std::int64_t query_row = 0, key_row = 0, key_gradient_row = 0;
+  // Elements from a token to the next in q, o, d_o and dq; in k, v, dk and dv.
+  std::int64_t query_row = 0, key_row = 0;
   float scale = 1;
   auto operator<=>(const AttentionKind&) const = default;
 };
@@ -33,11 +33,10 @@ struct AttentionKind {
 struct AttentionTensors {
   void *q = nullptr, *k = nullptr, *v = nullptr, *o = nullptr, *lse = nullptr;
   void *d_o = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
-  // Packed: [sequences] lengths; [sequences + 1] first elements of each sequence in the query, key and key gradient
-  // tensors and in a head's row of lse. Sequences of length 0 are allowed.
+  // Packed: [sequences] lengths; [sequences + 1] first elements of each sequence in the query and key tensors and in a
+  // head's row of lse. Sequences of length 0 are allowed.
   std::int32_t *query_lengths = nullptr, *key_lengths = nullptr;
-  std::int64_t *query_offsets = nullptr, *key_offsets = nullptr, *key_gradient_offsets = nullptr,
-               *lse_offsets = nullptr;
+  std::int64_t *query_offsets = nullptr, *key_offsets = nullptr, *lse_offsets = nullptr;
 };
 
 /// Bytes of workspace that no plan of this kind, dense or packed, with any number of sequences in total_queries and

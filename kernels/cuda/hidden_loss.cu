@@ -1,6 +1,8 @@
 #include "kernels/cuda/launches.h"
 #include "kernels/cuda/rows.cuh"
 
+#include <algorithm>
+
 namespace deltapipe::kernels::cuda {
 namespace {
 
@@ -8,6 +10,15 @@ constexpr double smallest_norm = 1e-8;  // as in torch
 
 /// What a row's threads add up.
 enum RowSum : int { ss, tt, st, difference, growth, row_sums };  // difference = |s - t|^2, growth = (s - t) . (s + t)
+
+__device__ __forceinline__ void add_products(float s, float t, float* sum) {
+  const float apart = s - t;
+  sum[ss] += s * s;
+  sum[tt] += t * t;
+  sum[st] += s * t;
+  sum[difference] += apart * apart;
+  sum[growth] += apart * (s + t);
+}
 
 struct RowFactors {
   float difference, student, teacher;  // ds += difference * (s - t) + student * s + teacher * t
@@ -64,7 +75,7 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         const std::int64_t at = (first + r) * d + place.at(k);
         s[r][k].template load<aligned>(student + at, place.count(k));
         t[r][k].template load<aligned>(teacher + at, place.count(k));
-        if (d_student != nullptr) old[r][k].template load<aligned>(d_student + at, place.count(k));
+        old[r][k].template load<aligned>(d_student + at, place.count(k));
       }
     }
     float sums[n] = {};
@@ -76,16 +87,8 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         float a[width], b[width];
         s[r][k].get(a);
         t[r][k].get(b);
-        float* sum = sums + r * row_sums;
 #pragma unroll
-        for (int j = 0; j < width; ++j) {
-          const float apart = a[j] - b[j];
-          sum[ss] += a[j] * a[j];
-          sum[tt] += b[j] * b[j];
-          sum[st] += a[j] * b[j];
-          sum[difference] += apart * apart;
-          sum[growth] += apart * (a[j] + b[j]);
-        }
+        for (int j = 0; j < width; ++j) add_products(a[j], b[j], sums + r * row_sums);
       }
     }
     block_sum(sums, shared[buffer]);
@@ -98,7 +101,6 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         factors[buffer][r] = finish_row(row, static_cast<double>(d), cosine_scale, mse_scale, total);
       }
     }
-    if (d_student == nullptr) continue;
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < at_once; ++r) {
@@ -125,15 +127,99 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
   }
 }
 
+// The sums alone need nothing of a row once it is added up: a warp a row, no barriers. The lanes of a warp keep the
+// sums of 32 of its rows, one each, and finish them together in double.
+constexpr int sum_warps = 8;
+constexpr int sum_packs = 5;            // of each tensor that a thread has in flight: a row of 2,560 takes two turns
+constexpr int sum_blocks_resident = 3;  // blocks of a multiprocessor: 80 registers a thread
+constexpr std::int64_t most_sum_blocks = 132 * sum_blocks_resident;
+
+std::int64_t rows_per_sum_warp(std::int64_t rows) {
+  return (rows + most_sum_blocks * sum_warps - 1) / (most_sum_blocks * sum_warps);
+}
+std::int64_t sum_blocks(std::int64_t rows) {
+  const std::int64_t each = rows_per_sum_warp(rows) * sum_warps;
+  return rows == 0 ? 0 : (rows + each - 1) / each;
+}
+
+template <class T, bool aligned>
+__global__ void __launch_bounds__(32 * sum_warps, sum_blocks_resident)
+    rows_distance(const T* student, const T* teacher, const std::int32_t* labels, double* partials, std::int64_t rows,
+                  std::int64_t d, std::int64_t rows_each) {
+  constexpr int width = pack_width<T>;
+  __shared__ double shared[2 * 32];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) * sum_warps + warp) * rows_each;
+  const std::int64_t end = begin + rows_each < rows ? begin + rows_each : rows;
+  double total[2] = {0, 0};
+  for (std::int64_t first = begin; first < end; first += 32) {
+    const std::int64_t last = first + 32 < end ? first + 32 : end;
+    float own[row_sums] = {};
+    bool wanted = false;
+    for (std::int64_t r = first; r < last; ++r) {
+      if (labels[r] < 0) continue;
+      float sum[row_sums] = {};
+      for (std::int64_t from = lane * width; from < d; from += sum_packs * 32 * width) {
+        Pack<T, width> s[sum_packs], t[sum_packs];
+#pragma unroll
+        for (int u = 0; u < sum_packs; ++u) {
+          const std::int64_t at = from + u * 32 * width;
+          if (at >= d) continue;
+          const int count = d - at < width ? static_cast<int>(d - at) : width;
+          s[u].template load<aligned>(student + r * d + at, count);
+          t[u].template load<aligned>(teacher + r * d + at, count);
+        }
+#pragma unroll
+        for (int u = 0; u < sum_packs; ++u) {
+          if (from + u * 32 * width >= d) continue;
+          float a[width], b[width];
+          s[u].get(a);
+          t[u].get(b);
+#pragma unroll
+          for (int j = 0; j < width; ++j) add_products(a[j], b[j], sum);
+        }
+      }
+#pragma unroll
+      for (float& x : sum) x = warp_sum(x);
+      if (lane == r - first) {
+#pragma unroll
+        for (int i = 0; i < row_sums; ++i) own[i] = sum[i];
+        wanted = true;
+      }
+    }
+    if (wanted) finish_row(own, static_cast<double>(d), 0, 0, total);
+  }
+  block_sum(total, shared);
+  if (threadIdx.x != 0) return;
+  partials[2 * blockIdx.x] = total[0];
+  partials[2 * blockIdx.x + 1] = total[1];
+}
+
+template <class T>
+cudaError_t distances(const T* student, const T* teacher, const std::int32_t* labels, double* partials, double* sums,
+                      std::int64_t rows, std::int64_t d, cudaStream_t stream) {
+  const std::int64_t blocks = sum_blocks(rows);
+  const auto launch = [&]<bool aligned>() {
+    rows_distance<T, aligned><<<static_cast<unsigned>(blocks), 32 * sum_warps, 0, stream>>>(
+        student, teacher, labels, partials, rows, d, rows_per_sum_warp(rows));
+    const cudaError_t status = cudaGetLastError();
+    return status != cudaSuccess ? status : add_column_sums(partials, blocks, 2, sums, stream);
+  };
+  return for_alignment<T>(d, launch, student, teacher);
+}
+
 }  // namespace
 
-std::int64_t hidden_loss_partials(std::int64_t rows) { return row_blocks(rows) * rows_at_once<1>; }
+std::int64_t hidden_loss_partials(std::int64_t rows) {
+  return std::max(row_blocks(rows) * rows_at_once<1>, sum_blocks(rows));
+}
 
 template <class T, class G>
 cudaError_t hidden_loss(const T* student, const T* teacher, const std::int32_t* labels, double cosine_scale,
                         double mse_scale, G* d_student, double* partials, double* sums, std::int64_t rows,
                         std::int64_t d, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
+  if (d_student == nullptr) return distances(student, teacher, labels, partials, sums, rows, d, stream);
   return for_row_packs<T>(d, [&]<int packs>(int threads) {
     const auto launch = [&]<bool aligned>() {
       rows_loss<T, G, packs, aligned><<<static_cast<unsigned>(row_blocks(rows)), threads, 0, stream>>>(

@@ -71,14 +71,15 @@ cudaError_t add_column_sums(const double* partials, std::int64_t rows, std::int6
 template <class T>
 inline constexpr std::int64_t most_row_elements = 32768 / static_cast<std::int64_t>(sizeof(T));
 
+/// h and sum are null, or sum = x + h is what is normalised.
 template <class T>
-cudaError_t rms_norm_forward(const T* x, const T* w, float eps, T* y, float* rstd, std::int64_t rows, std::int64_t d,
-                             cudaStream_t stream);
+cudaError_t rms_norm_forward(const T* x, const T* h, const T* w, float eps, T* sum, T* y, float* rstd,
+                             std::int64_t rows, std::int64_t d, cudaStream_t stream);
 /// Rows [., d] of partial sums of dw.
 std::int64_t rms_norm_partial_rows(std::int64_t rows);
-/// partials may be null: then dw is not summed. With it the caller adds its column sums to dw.
+/// residual may be null. partials may be null: then dw is not summed. With it the caller adds its column sums to dw.
 template <class T>
-cudaError_t rms_norm_backward(const T* dy, const T* x, const T* w, const float* rstd, T* dx, bool accumulate,
+cudaError_t rms_norm_backward(const T* dy, const T* x, const T* w, const float* rstd, const T* residual, T* dx,
                               float* partials, std::int64_t rows, std::int64_t d, cudaStream_t stream);
 
 template <class T>

@@ -21,9 +21,9 @@ struct Matmul {
 };
 
 /// c = op(a) op(b) (+ bias) (+ c), a and b both bf16 or both f32, c of their dtype or f32, summed in fp32, without
-/// TF32. Algorithms are chosen once for every kind of product (shapes, dtypes, flags, alignments) and kept: the one
-/// that cuBLASLt's heuristics put first or, when results need not be deterministic, the fastest of its first few, timed
-/// on the first call, which then allocates and waits.
+/// TF32, and rounded once. Algorithms are chosen once for every kind of product (shapes, dtypes, flags, alignments) and
+/// kept: the one that cuBLASLt's heuristics put first or, when results need not be deterministic, the fastest of its
+/// first few, timed on the first call, which then allocates and waits.
 void matmul(const Stream& stream, const Matmul& product);
 
 }  // namespace deltapipe::kernels::cuda

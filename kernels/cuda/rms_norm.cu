@@ -4,20 +4,23 @@
 namespace deltapipe::kernels::cuda {
 namespace {
 
-template <class T, int packs, bool aligned>
-__global__ void __launch_bounds__(most_row_threads)
-    forward(const T* x, const T* w, float eps, T* y, float* rstd, std::int64_t rows, std::int64_t d) {
+/// `add`: of x + h, which goes to `sum`.
+template <class T, int packs, bool aligned, bool add>
+__global__ void __launch_bounds__(most_row_threads) forward(const T* x, const T* h, const T* w, float eps, T* sum, T* y,
+                                                            float* rstd, std::int64_t rows, std::int64_t d) {
   constexpr int width = pack_width<T>, at_once = rows_at_once<packs>;
   __shared__ float shared[32 * at_once];
   const RowPlace<T, packs> place(d);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * at_once;
-  Pack<T, width> row[at_once][packs], weight[packs];
+  Pack<T, width> row[at_once][packs], weight[packs], other[at_once][packs];
 #pragma unroll
   for (int r = 0; r < at_once; ++r) {
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
       if (first + r < rows && place.count(k) > 0) {
-        row[r][k].template load<aligned>(x + (first + r) * d + place.at(k), place.count(k));
+        const std::int64_t at = (first + r) * d + place.at(k);
+        row[r][k].template load<aligned>(x + at, place.count(k));
+        if constexpr (add) other[r][k].template load<aligned>(h + at, place.count(k));
       }
     }
   }
@@ -33,6 +36,15 @@ __global__ void __launch_bounds__(most_row_threads)
       if (first + r >= rows || place.count(k) <= 0) continue;
       float v[width];
       row[r][k].get(v);
+      if constexpr (add) {
+        float b[width];
+        other[r][k].get(b);
+#pragma unroll
+        for (int j = 0; j < width; ++j) v[j] += b[j];
+        row[r][k].set(v);
+        row[r][k].get(v);  // what is normalised is what is kept
+        row[r][k].template store<aligned>(sum + (first + r) * d + place.at(k), place.count(k));
+      }
 #pragma unroll
       for (int j = 0; j < width; ++j) sums[r] += v[j] * v[j];
     }
@@ -58,10 +70,10 @@ __global__ void __launch_bounds__(most_row_threads)
 }
 
 // With n = x * rstd: dx = rstd * (dy * w - n * mean(dy * w * n)); dw = sum over tokens of dy * n. A block owns
-// consecutive rows, and one row of partial sums of dw.
+// consecutive rows, and one row of partial sums of dw. residual may be null.
 template <class T, int packs, bool aligned>
 __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
-    backward(const T* dy, const T* x, const T* w, const float* rstd, T* dx, bool accumulate, float* partials,
+    backward(const T* dy, const T* x, const T* w, const float* rstd, const T* residual, T* dx, float* partials,
              std::int64_t rows, std::int64_t d, std::int64_t rows_each) {
   constexpr int width = pack_width<T>, at_once = rows_at_once<packs>;
   __shared__ float shared[2][32 * at_once];
@@ -87,7 +99,7 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         const std::int64_t at = (first + r) * d + place.at(k);
         g[r][k].template load<aligned>(dy + at, place.count(k));
         v[r][k].template load<aligned>(x + at, place.count(k));
-        if (accumulate) old[r][k].template load<aligned>(dx + at, place.count(k));
+        if (residual != nullptr) old[r][k].template load<aligned>(residual + at, place.count(k));
       }
     }
 #pragma unroll
@@ -122,7 +134,7 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
         weight[k].get(c);
 #pragma unroll
         for (int j = 0; j < width; ++j) a[j] = r_std[r] * (a[j] * c[j] - b[j] * mean);
-        if (accumulate) {
+        if (residual != nullptr) {
           old[r][k].get(b);
 #pragma unroll
           for (int j = 0; j < width; ++j) a[j] += b[j];
@@ -145,42 +157,43 @@ __global__ void __launch_bounds__(most_row_threads, row_blocks_resident<packs>)
 }  // namespace
 
 template <class T>
-cudaError_t rms_norm_forward(const T* x, const T* w, float eps, T* y, float* rstd, std::int64_t rows, std::int64_t d,
-                             cudaStream_t stream) {
+cudaError_t rms_norm_forward(const T* x, const T* h, const T* w, float eps, T* sum, T* y, float* rstd,
+                             std::int64_t rows, std::int64_t d, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   return for_row_packs<T>(d, [&]<int packs>(int threads) {
     const auto launch = [&]<bool aligned>() {
       constexpr int at_once = rows_at_once<packs>;
-      forward<T, packs, aligned>
-          <<<static_cast<unsigned>((rows + at_once - 1) / at_once), threads, 0, stream>>>(x, w, eps, y, rstd, rows, d);
+      const auto kernel = h == nullptr ? forward<T, packs, aligned, false> : forward<T, packs, aligned, true>;
+      kernel<<<static_cast<unsigned>((rows + at_once - 1) / at_once), threads, 0, stream>>>(x, h, w, eps, sum, y, rstd,
+                                                                                            rows, d);
       return cudaGetLastError();
     };
-    return for_alignment<T>(d, launch, x, w, y);
+    return for_alignment<T>(d, launch, x, h, w, sum, y);
   });
 }
-template cudaError_t rms_norm_forward(const Bits*, const Bits*, float, Bits*, float*, std::int64_t, std::int64_t,
-                                      cudaStream_t);
-template cudaError_t rms_norm_forward(const float*, const float*, float, float*, float*, std::int64_t, std::int64_t,
-                                      cudaStream_t);
+template cudaError_t rms_norm_forward(const Bits*, const Bits*, const Bits*, float, Bits*, Bits*, float*, std::int64_t,
+                                      std::int64_t, cudaStream_t);
+template cudaError_t rms_norm_forward(const float*, const float*, const float*, float, float*, float*, float*,
+                                      std::int64_t, std::int64_t, cudaStream_t);
 
 std::int64_t rms_norm_partial_rows(std::int64_t rows) { return row_blocks(rows); }
 
 template <class T>
-cudaError_t rms_norm_backward(const T* dy, const T* x, const T* w, const float* rstd, T* dx, bool accumulate,
+cudaError_t rms_norm_backward(const T* dy, const T* x, const T* w, const float* rstd, const T* residual, T* dx,
                               float* partials, std::int64_t rows, std::int64_t d, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   return for_row_packs<T>(d, [&]<int packs>(int threads) {
     const auto launch = [&]<bool aligned>() {
       backward<T, packs, aligned><<<static_cast<unsigned>(row_blocks(rows)), threads, 0, stream>>>(
-          dy, x, w, rstd, dx, accumulate, partials, rows, d, rows_per_block(rows));
+          dy, x, w, rstd, residual, dx, partials, rows, d, rows_per_block(rows));
       return cudaGetLastError();
     };
-    return for_alignment<T>(d, launch, dy, x, w, dx, partials);
+    return for_alignment<T>(d, launch, dy, x, w, residual, dx, partials);
   });
 }
-template cudaError_t rms_norm_backward(const Bits*, const Bits*, const Bits*, const float*, Bits*, bool, float*,
+template cudaError_t rms_norm_backward(const Bits*, const Bits*, const Bits*, const float*, const Bits*, Bits*, float*,
                                        std::int64_t, std::int64_t, cudaStream_t);
-template cudaError_t rms_norm_backward(const float*, const float*, const float*, const float*, float*, bool, float*,
-                                       std::int64_t, std::int64_t, cudaStream_t);
+template cudaError_t rms_norm_backward(const float*, const float*, const float*, const float*, const float*, float*,
+                                       float*, std::int64_t, std::int64_t, cudaStream_t);
 
 }  // namespace deltapipe::kernels::cuda

@@ -43,10 +43,9 @@ void Block::forward(const Context& c, const TokenBatch& batch, const Tensor& x, 
   saved.middle = keep.allocate(x.dtype, x.shape, "block middle");
   const Tensor mixed = mixer_out ? mixer_out : saved.middle;
   mixer_forward(c, batch, x, mixed, saved, keep);
-  kernels::add(c.stream, x, mixed, saved.middle);
   saved.mlp_in = keep.allocate(x.dtype, x.shape, "MLP input");
   saved.mlp_rstd = keep.allocate(accumulation_dtype(x.dtype), {x.dim(0)}, "MLP norm rstd");
-  kernels::rms_norm_forward(c.stream, saved.middle, mlp_norm_->value, eps_, saved.mlp_in, saved.mlp_rstd);
+  kernels::add_rms_norm_forward(c.stream, x, mixed, mlp_norm_->value, eps_, saved.middle, saved.mlp_in, saved.mlp_rstd);
   mlp_.forward(c, saved.mlp_in, y, saved.mlp, keep);
   kernels::add(c.stream, y, saved.middle, y);
 }
@@ -66,13 +65,11 @@ void Block::backward(const Context& c, const TokenBatch& batch, const Tensor& dy
   const Tensor d_middle = c.workspace.allocate(x.dtype, x.shape, "block d_middle");
   const Tensor dh = c.workspace.allocate(x.dtype, x.shape, "block dh");
   mlp_.backward(c, dy, saved.mlp_in, saved.mlp, dh);
-  kernels::copy_cast(c.stream, dy, d_middle);
-  kernels::rms_norm_backward(c.stream, dh, saved.middle, mlp_norm_->value, saved.mlp_rstd, d_middle, true,
+  kernels::rms_norm_backward(c.stream, dh, saved.middle, mlp_norm_->value, saved.mlp_rstd, dy, d_middle,
                              mlp_norm_->gradient(), c.workspace);
   run_mixer_backward(c, batch, d_middle, saved, dh);
-  kernels::copy_cast(c.stream, d_middle, dx);
-  kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, true, mixer_norm_->gradient(),
-                             c.workspace);
+  kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, d_middle, dx,
+                             mixer_norm_->gradient(), c.workspace);
 }
 
 void Block::backward_recomputing(const Context& c, const TokenBatch& batch, const Tensor& dy, const Tensor& x,
@@ -91,7 +88,7 @@ void Block::mixer_backward(const Context& c, const TokenBatch& batch, const Tens
   run_mixer_backward(c, batch, d_out, saved, dh);
   if (const Tensor dw = mixer_norm_->gradient()) {
     const Tensor dx = c.workspace.allocate(x.dtype, x.shape, "mixer dx");
-    kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, dx, false, dw, c.workspace);
+    kernels::rms_norm_backward(c.stream, dh, x, mixer_norm_->value, saved.mixer_rstd, Tensor(), dx, dw, c.workspace);
   }
 }
 

@@ -61,7 +61,7 @@ void Transformer::final_norm(const Context& c, const Tensor& x, const Tensor& y,
 
 void Transformer::final_norm_backward(const Context& c, const Tensor& dy, const Tensor& x, const Tensor& rstd,
                                       const Tensor& dx) const {
-  kernels::rms_norm_backward(c.stream, dy, x, norm_->value, rstd, dx, false, norm_->gradient(), c.workspace);
+  kernels::rms_norm_backward(c.stream, dy, x, norm_->value, rstd, Tensor(), dx, norm_->gradient(), c.workspace);
 }
 
 }  // namespace deltapipe

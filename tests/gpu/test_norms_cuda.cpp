@@ -24,21 +24,22 @@ TEST_P(RmsNormCuda, FollowsTheCpu) {
       SCOPED_TRACE(Shape({rows, d}).str() + " shift " + std::to_string(shift));
       const Owned<double> x = normal({rows, d}), w = normal({d}, 0.5, 1), dy = normal({rows, d}),
                           old = normal({rows, d});
-      Owned<double> y({rows, d}), rstd({rows}), dx = old, dw({d}), dx_alone({rows, d});
+      Owned<double> y({rows, d}), rstd({rows}), dx({rows, d}), dw({d}), dx_alone({rows, d});
       dw.fill(2);
       kernels::rms_norm_forward(Stream::cpu(), x, w, 1e-5f, y, rstd);
-      kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, dx, true, dw, no_workspace());
-      kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, dx_alone, false, Tensor(), no_workspace());
+      kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, old, dx, dw, no_workspace());
+      kernels::rms_norm_backward(Stream::cpu(), dy, x, w, rstd, Tensor(), dx_alone, Tensor(), no_workspace());
 
       const OnDevice gx = upload(x, shift), gw = upload(w), gdy = upload(dy, shift), gy = poisoned({rows, d}, shift),
-                     gdx = upload(old, shift), gdx_alone = poisoned({rows, d}, shift), grstd(DType::f32, Shape{rows}),
+                     gold = upload(old, shift), gdx = poisoned({rows, d}, shift),
+                     gdx_alone = poisoned({rows, d}, shift), grstd(DType::f32, Shape{rows}),
                      gdw(DType::f32, Owned<double>({d}).fill(2));
       kernels::rms_norm_forward(stream(), gx, gw, 1e-5f, gy, grstd);
       EXPECT_LT(relative_rms(grstd.host(), rstd), 2e-6);
       // x * rstd is rounded, then its product with the weight.
       EXPECT_LT(relative_rms(gy.host(), y), tolerance(2));
-      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, gdx, true, gdw, workspace());
-      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, gdx_alone, false, Tensor(), workspace());
+      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, gold, gdx, gdw, workspace());
+      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, Tensor(), gdx_alone, Tensor(), workspace());
       EXPECT_LT(relative_rms(gdx.host(), dx), tolerance());
       // The gradient of a row of one element is eps, a difference of equal numbers.
       if (d > 1) {
@@ -48,13 +49,37 @@ TEST_P(RmsNormCuda, FollowsTheCpu) {
 
       // In place, and again: the same bits.
       const OnDevice again_dw(DType::f32, Owned<double>({d}).fill(2)), again_dx = upload(old, shift);
-      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, again_dx, true, again_dw, workspace());
+      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, again_dx, again_dx, again_dw, workspace());
       expect_same_bits(again_dx, gdx, "dx");
       expect_same_bits(again_dw, gdw, "dw");
-      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, gdy, false, Tensor(), workspace());
+      kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, Tensor(), gdy, Tensor(), workspace());
       expect_same_bits(gdy, gdx_alone, "dx in the memory of dy");
       kernels::rms_norm_forward(stream(), gx, gw, 1e-5f, gx, grstd);
       expect_same_bits(gx, gy, "y in the memory of x");
+    }
+  }
+}
+
+TEST_P(RmsNormCuda, ForwardOfASumIsTheSumsForward) {
+  for (const auto& [rows, d] : shapes) {
+    for (const std::int64_t shift : {0, 1}) {
+      SCOPED_TRACE(Shape({rows, d}).str() + " shift " + std::to_string(shift));
+      const Shape shape{rows, d};
+      const Owned<double> x = normal(shape), h = normal(shape);
+      Owned<double> truth(shape);
+      for (std::int64_t i = 0; i < truth.size(); ++i) truth[i] = x[i] + h[i];
+      const OnDevice gx = upload(x, shift), gh = upload(h, shift), gw = upload(normal({d}, 0.5, 1)),
+                     expected_sum = upload(truth, shift), expected = poisoned(shape, shift),
+                     sum = poisoned(shape, shift), y = poisoned(shape, shift), again = poisoned(shape, shift),
+                     rstd(DType::f32, Shape{rows}), expected_rstd(DType::f32, Shape{rows});
+      kernels::rms_norm_forward(stream(), expected_sum, gw, 1e-5f, expected, expected_rstd);
+      kernels::add_rms_norm_forward(stream(), gx, gh, gw, 1e-5f, sum, y, rstd);
+      expect_same_bits(sum, expected_sum, "sum");  // one rounding of an exact float sum, or a float sum
+      expect_same_bits(y, expected, "y");
+      expect_same_bits(rstd, expected_rstd, "rstd");
+      kernels::add_rms_norm_forward(stream(), gx, gh, gw, 1e-5f, gh, again, rstd);
+      expect_same_bits(gh, expected_sum, "sum in the memory of h");
+      expect_same_bits(again, expected, "y");
     }
   }
 }
@@ -71,7 +96,7 @@ TEST_P(RmsNormCuda, ADryStreamTakesWorkspaceAlone) {
   const Tensor none(measuring.allocate(dtype(), {1}, "nothing").data, dtype(), shape);
   const Tensor w(none.data, dtype(), {2560}), rstd(none.data, DType::f32, {32768}), dw(none.data, DType::f32, {2560});
   measuring.reset();
-  kernels::rms_norm_backward(Stream::dry({Device::Kind::cuda, 0}), none, none, w, rstd, none, false, dw, measuring);
+  kernels::rms_norm_backward(Stream::dry({Device::Kind::cuda, 0}), none, none, w, rstd, Tensor(), none, dw, measuring);
   EXPECT_EQ(measuring.used(), 0u);
   EXPECT_GT(measuring.peak(), 0u);
   EXPECT_LE(measuring.peak(), std::size_t{396 * 2560 * 4});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "comm/mesh.h"
+#include "core/device_memory.h"
 #include "data/loader.h"
 #include "tests/data/testing.h"
 #include "train/trainer.h"
@@ -24,6 +25,9 @@ struct MeshCase {
   std::string teacher = "inline";
   bool recompute = false;
   std::int64_t length = 96;  // tokens of a sequence: 8 segments of 12, and 2, 3, 4 or 6
+  Device device;             // on CUDA the models are a little larger, as its kernels want them
+  bool large = false;        // as large as on CUDA
+  bool rounded = false;      // first weights are what bfloat16 holds, whatever the dtype
   /// Of both models: 4, or 8 where the pipeline has more stages.
   std::int64_t layers() const { return shape.pipeline * chunks > 4 ? 8 : 4; }
   std::string name() const;
@@ -41,6 +45,7 @@ class MeshJob {
   StepReport step(std::int64_t n) { return trainer_->step(loader_.get(), n); }
   StepReport accumulate(std::int64_t n) { return trainer_->accumulate(loader_.get(), n); }
   Trainer& trainer() { return *trainer_; }
+  Stream stream() const { return stream_.get(); }
   const SequenceLoader* loader() const { return loader_.get(); }
   const WindowReader& validation() const { return *validation_; }
   const TrainingPlan& plan() const { return plan_; }
@@ -60,6 +65,7 @@ class MeshJob {
   std::unique_ptr<TokenDataset> data_;
   std::unique_ptr<SequenceLoader> loader_;
   std::unique_ptr<WindowReader> validation_;
+  StreamOwner stream_;
   ArenaSet arenas_ = ArenaSet::measuring(Device());
   std::unique_ptr<Trainer> trainer_;
 };

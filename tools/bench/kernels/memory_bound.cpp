@@ -64,9 +64,17 @@ void norms(Bench& b, std::int64_t tokens) {
             [&] { kernels::rms_norm_forward(s, x, w, 1e-5f, y, rstd); });
   kernels::rms_norm_forward(s, x, w, 1e-5f, y, rstd);
   b.measure("rms_norm_backward", x.shape.str(), bytes_of({dy, x, dx}), 0,
-            [&] { kernels::rms_norm_backward(s, dy, x, w, rstd, dx, false, dw, b.workspace()); });
+            [&] { kernels::rms_norm_backward(s, dy, x, w, rstd, Tensor(), dx, dw, b.workspace()); });
   b.measure("rms_norm_backward +=", x.shape.str(), bytes_of({dy, x, dx, dx}), 0,
-            [&] { kernels::rms_norm_backward(s, dy, x, w, rstd, dx, true, dw, b.workspace()); });
+            [&] { kernels::rms_norm_backward(s, dy, x, w, rstd, dx, dx, dw, b.workspace()); });
+  {
+    const auto inner = b.scope();
+    const Tensor h = b.normal(model, x.shape), sum = b.empty(model, x.shape);
+    b.measure("add_rms_norm_forward", x.shape.str(), bytes_of({x, h, sum, y}), 0,
+              [&] { kernels::add_rms_norm_forward(s, x, h, w, 1e-5f, sum, y, rstd); });
+    b.measure("rms_norm_backward + residual", x.shape.str(), bytes_of({dy, x, h, dx}), 0,
+              [&] { kernels::rms_norm_backward(s, dy, x, w, rstd, h, dx, dw, b.workspace()); });
+  }
 
   const Shape by_head{tokens, heads, head_dim};
   const Tensor hx = x.view(by_head), hdy = dy.view(by_head), hy = y.view(by_head), hdx = dx.view(by_head);
