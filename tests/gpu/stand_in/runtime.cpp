@@ -65,7 +65,7 @@ bool is_event(cudaEvent_t event, const char* call) {
   return false;
 }
 
-/// Larger copies between host and device are not made: a job's memory may be larger than the machine's.
+/// Larger copies to and from devices are not made: a job's memory may be larger than the machine's.
 bool is_made(const void* to, const void* from, std::size_t bytes) {
   static const long most = setting("DELTAPIPE_STAND_IN_LARGEST_COPY", -1);
   return most < 0 || bytes <= static_cast<std::size_t>(most) || (!is_on_device(to) && !is_on_device(from));
