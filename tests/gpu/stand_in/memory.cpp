@@ -132,7 +132,7 @@ std::size_t find_room(const Device& device, std::size_t pages, std::size_t from)
 
 std::size_t bytes_of_a_device() {
   static const auto bytes =
-      std::min(static_cast<std::size_t>(setting("DELTAPIPE_STAND_IN_GIB", 80)) << 30, device_span);
+      std::min(static_cast<std::size_t>(setting("DELTAPIPE_STAND_IN_GIB", 79)) << 30, device_span);
   return bytes;
 }
 
