@@ -198,9 +198,15 @@ bool is_sound_memory(std::int64_t id, const Descriptor& tensor, const void* memo
   const std::string what = fmt::format("cudnnBackendExecute: tensor {}", id);
   if (element(tensor, CUDNN_ATTR_TENSOR_IS_BY_VALUE, false)) return is_host_range(memory, 1, what);
   if (!is_device_range(memory, bytes_of(tensor), what)) return false;
-  const auto alignment = element<std::int64_t>(tensor, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, 1);
-  if (reinterpret_cast<std::uintptr_t>(memory) % static_cast<std::uintptr_t>(alignment) == 0) return true;
-  say_refusal(fmt::format("{}: {:p} is not aligned to {} bytes", what, memory, alignment));
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  const auto declared = element<std::int64_t>(tensor, CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, 1);
+  if (logs() && address % static_cast<std::uintptr_t>(declared) != 0) {
+    // cuDNN's own engines took such pointers on an H100, of tensors that they read element by element.
+    fmt::print(stderr, "CUDA stand-in: {}: {:p} is less aligned than the {} bytes declared\n", what, memory, declared);
+  }
+  const std::size_t size = size_of(element(tensor, CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_DATA_FLOAT));
+  if (address % size == 0) return true;
+  say_refusal(fmt::format("{}: {:p} is not aligned to its {} bytes", what, memory, size));
   return false;
 }
 

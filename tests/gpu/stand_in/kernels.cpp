@@ -3,8 +3,8 @@
 //
 // Formats. A fat binary (fatbinary_section.h): a header of magic, version, size of itself and of what follows, then
 // entries with a header each. An entry of kind 2 is an ELF file; its section ".nv.info.NAME" lists attributes of kernel
-// NAME, ".nv.shared.NAME" is as large as its static shared memory, and ".nv.info" has the registers of all. ptxas
-// writes attributes as a byte of format (4: 16 bits of size, then the value), a byte of kind, and the value.
+// NAME, ".nv.shared.NAME" is as large as its static shared memory and the system's, and ".nv.info" has the registers of
+// all. ptxas writes attributes as a byte of format (4: 16 bits of size, then the value), a byte of kind, and the value.
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <cxxabi.h>
@@ -25,6 +25,7 @@ namespace deltapipe::stand_in {
 namespace {
 
 constexpr std::size_t default_shared = 48 << 10, most_shared = 227 << 10;
+constexpr std::size_t system_shared = 1 << 10;  // of every block
 constexpr unsigned registers_of_a_block = 65536;
 
 struct Parameter {
@@ -132,7 +133,8 @@ void read_machine_code(const std::byte* elf, std::size_t bytes, Module& module) 
     const std::string_view name = text(sections[header.e_shstrndx], s.sh_name);
     if (!name.starts_with(shared)) continue;
     const auto kernel = module.kernels.find(name.substr(shared.size()));
-    if (kernel != module.kernels.end()) kernel->second.static_shared = s.sh_size;
+    if (kernel != module.kernels.end())
+      kernel->second.static_shared = s.sh_size - std::min<std::size_t>(s.sh_size, system_shared);
   }
   if (of_all == nullptr || symbols == nullptr) return;
   for_attributes(elf + of_all->sh_offset, of_all->sh_size,
@@ -191,19 +193,26 @@ bool is_mapped(std::uintptr_t address) {
   return msync(reinterpret_cast<void*>(address / page * page), 1, MS_ASYNC) == 0 || errno != ENOMEM;
 }
 
-/// Words of 8 bytes of the arguments that look like addresses must be ones that the device may use.
+/// Whether 8 bytes of an argument are an address that the device cannot use. In a struct they may as well be a number
+/// beside padding that holds half of some old address, so there only what is near the devices' allocations, or mapped
+/// and aligned as host data is, counts.
+bool is_wrong_address(std::uintptr_t word, bool in_struct) {
+  // A small number with zeros above it is no address: programs and their heaps are mapped higher.
+  constexpr std::uintptr_t lowest = std::uintptr_t{1} << 32, highest = std::uintptr_t{1} << 47;
+  if (word < lowest || word >= highest) return false;
+  const auto* address = reinterpret_cast<const void*>(word);
+  if (is_on_device(address)) return device_of(address) != current_device() && (!in_struct || was_ever_used(address));
+  return !is_page_locked(address) && (!in_struct || word % sizeof(float) == 0) && is_mapped(word);
+}
+
 bool may_use_arguments(const CUkern_st& kernel, void** arguments) {
+  constexpr std::size_t step = sizeof(std::uintptr_t);
   for (const auto& [position, parameter] : kernel.properties.parameters) {
     const auto* value = static_cast<const std::byte*>(arguments[position]);
-    for (std::size_t i = 0; i + sizeof(std::uintptr_t) <= parameter.bytes; i += sizeof(std::uintptr_t)) {
+    for (std::size_t i = 0; i + step <= parameter.bytes; i += step) {
       const auto word = read<std::uintptr_t>(value + i);
+      if (!is_wrong_address(word, parameter.bytes > step)) continue;
       const auto* address = reinterpret_cast<const void*>(word);
-      // A small number with zeros above it is no address: programs and their heaps are mapped higher.
-      constexpr std::uintptr_t lowest = std::uintptr_t{1} << 32, highest = std::uintptr_t{1} << 47;
-      if (word < lowest || word >= highest) continue;
-      const bool is_wrong =
-          is_on_device(address) ? device_of(address) != current_device() : !is_page_locked(address) && is_mapped(word);
-      if (!is_wrong) continue;
       say_refusal(fmt::format("launch of {}: parameter {}, byte {}, is {:p}: {}", kernel.name, position, i, address,
                               describe(address)));
       return false;
@@ -283,7 +292,7 @@ int blocks_of_a_multiprocessor(const Properties& p, int threads, std::size_t dyn
   if (threads <= 0 || static_cast<unsigned>(threads) > p.most_threads) return 0;
   const int warps = (threads + 31) / 32;
   const int registers = static_cast<int>((p.registers + 7) / 8 * 8) * 32 * warps;
-  const std::size_t shared = p.static_shared + dynamic + (1 << 10);  // a kilobyte is the system's
+  const std::size_t shared = p.static_shared + dynamic + system_shared;
   int blocks = std::min(32, 64 / warps);
   if (registers > 0) blocks = std::min(blocks, static_cast<int>(registers_of_a_block) / registers);
   return std::min(blocks, static_cast<int>((std::size_t{228} << 10) / shared));

@@ -22,6 +22,9 @@ namespace {
 // once.
 constexpr std::uintptr_t first_address = 0x2a41'0000'0000;
 constexpr std::uintptr_t device_stride = 0x40'0000'0000;
+// What is behind them, as far away from all else: among the process's mappings it would make stray numbers look like
+// host addresses.
+constexpr std::uintptr_t first_address_behind = 0x3a41'0000'0000;
 constexpr std::size_t device_span = 0x3f'0000'0000;
 constexpr std::size_t page = 4096;
 /// cudaMalloc promises this much and the stand-in gives no more: what needs more shows.
@@ -31,7 +34,7 @@ struct Device {
   std::byte* memory = nullptr;              // what is behind the addresses; null until the first allocation
   std::map<std::size_t, std::size_t> live;  // offset -> bytes
   std::size_t used = 0;
-  std::size_t next = 0;  // where to look first
+  std::size_t next = page << 12, end = 0;  // where to look first, and the end of all that was ever used
 };
 
 std::vector<Device>& devices() {
@@ -129,7 +132,7 @@ std::size_t find_room(const Device& device, std::size_t pages, std::size_t from)
 
 std::size_t bytes_of_a_device() {
   static const auto bytes =
-      std::min(static_cast<std::size_t>(setting("DELTAPIPE_STAND_IN_GIB", 80)) << 30, device_span);
+      std::min(static_cast<std::size_t>(setting("DELTAPIPE_STAND_IN_GIB", 79)) << 30, device_span);
   return bytes;
 }
 
@@ -141,9 +144,10 @@ void* allocate_on(int index, std::size_t bytes) {
   // An unused page after each, so that the end of one is not the begin of the next.
   const std::size_t pages = whole_pages(bytes) + page;
   std::size_t at = find_room(device, pages, device.next);
-  if (at == device_span) at = find_room(device, pages, 0);
+  if (at == device_span) at = find_room(device, pages, Device{}.next);
   if (at == device_span) return nullptr;
   device.next = at + pages;
+  device.end = std::max(device.end, at + pages);
   device.used += bytes;
   device.live.emplace(at + alignment, bytes);
   static const bool is_poisoned = setting("DELTAPIPE_STAND_IN_POISON", 0) != 0;
@@ -169,6 +173,13 @@ std::size_t bytes_free(int index) {
 
 bool is_on_device(const void* address) { return range_of(reinterpret_cast<std::uintptr_t>(address)) >= 0; }
 
+bool was_ever_used(const void* address) {
+  const std::lock_guard lock(mutex());
+  const Place place = find(address);
+  return place.device >= 0 && place.offset >= Device{}.next &&
+         place.offset < devices()[static_cast<std::size_t>(place.device)].end;
+}
+
 int device_of(const void* address) {
   const std::lock_guard lock(mutex());
   const Place place = find(address);
@@ -180,6 +191,22 @@ std::byte* behind(const void* p) {
   if (device < 0) return static_cast<std::byte*>(const_cast<void*>(p));
   const std::lock_guard lock(mutex());
   return devices()[static_cast<std::size_t>(device)].memory + (reinterpret_cast<std::uintptr_t>(p) - base_of(device));
+}
+
+void fill(void* memory, int value, std::size_t bytes) {
+  std::byte* begin = behind(memory);
+  std::byte* const end = begin + bytes;
+  const auto up = reinterpret_cast<std::uintptr_t>(begin) % page;
+  std::byte* const first = up == 0 ? begin : begin + (page - up);
+  if (value != 0 || first + page > end) {
+    std::memset(begin, value, bytes);
+    return;
+  }
+  // Whole pages of zeros are the system's: a job's memory may be larger than the machine's.
+  const std::size_t whole = static_cast<std::size_t>(end - first) / page * page;
+  madvise(first, whole, MADV_DONTNEED);
+  std::memset(begin, 0, static_cast<std::size_t>(first - begin));
+  std::memset(first + whole, 0, static_cast<std::size_t>(end - first) - whole);
 }
 
 std::string describe(const void* address) {

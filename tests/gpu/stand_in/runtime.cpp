@@ -65,6 +65,12 @@ bool is_event(cudaEvent_t event, const char* call) {
   return false;
 }
 
+/// Larger copies to and from devices are not made: a job's memory may be larger than the machine's.
+bool is_made(const void* to, const void* from, std::size_t bytes) {
+  static const long most = setting("DELTAPIPE_STAND_IN_LARGEST_COPY", -1);
+  return most < 0 || bytes <= static_cast<std::size_t>(most) || (!is_on_device(to) && !is_on_device(from));
+}
+
 /// Whether `kind` fits where the two ranges are and each lies in one piece of memory.
 bool may_copy(const char* call, const void* to, std::size_t to_bytes, const void* from, std::size_t from_bytes,
               cudaMemcpyKind kind) {
@@ -88,7 +94,7 @@ cudaError_t copy(const char* call, void* to, const void* from, std::size_t bytes
   if (!is_stream(stream, call)) return finish(cudaErrorInvalidResourceHandle);
   if (bytes == 0) return cudaSuccess;
   if (!may_copy(call, to, bytes, from, bytes, kind)) return finish(cudaErrorInvalidValue);
-  std::memmove(behind(to), behind(from), bytes);
+  if (is_made(to, from, bytes)) std::memmove(behind(to), behind(from), bytes);
   return cudaSuccess;
 }
 
@@ -104,6 +110,7 @@ cudaError_t copy_rows(const char* call, void* to, std::size_t to_pitch, const vo
   if (!may_copy(call, to, (rows - 1) * to_pitch + width, from, (rows - 1) * from_pitch + width, kind)) {
     return finish(cudaErrorInvalidValue);
   }
+  if (!is_made(to, from, width * rows)) return cudaSuccess;
   for (std::size_t i = 0; i < rows; ++i) {
     std::memmove(behind(to) + i * to_pitch, behind(from) + i * from_pitch, width);
   }
@@ -113,7 +120,7 @@ cudaError_t copy_rows(const char* call, void* to, std::size_t to_pitch, const vo
 cudaError_t set(const char* call, void* memory, int value, std::size_t bytes, cudaStream_t stream) {
   if (!is_stream(stream, call)) return finish(cudaErrorInvalidResourceHandle);
   if (!is_device_range(memory, bytes, call)) return finish(cudaErrorInvalidValue);
-  if (bytes > 0) std::memset(behind(memory), value, bytes);
+  if (bytes > 0) fill(memory, value, bytes);
   return cudaSuccess;
 }
 

@@ -57,10 +57,14 @@ std::size_t bytes_of_a_device();
 
 /// In some device's range, allocated or not.
 bool is_on_device(const void* address);
+/// In the part of a device's range that holds or has held allocations.
+bool was_ever_used(const void* address);
 /// The device of the allocation that holds the address, or ends there; -1 for any other address.
 int device_of(const void* address);
 /// The memory behind a checked device address; a host address is its own.
 std::byte* behind(const void* address);
+/// memset of a checked device range.
+void fill(void* memory, int value, std::size_t bytes);
 /// "device 0, 96 bytes into one of 4096", "host memory", "device memory that is not allocated"
 std::string describe(const void* address);
 

@@ -1,0 +1,114 @@
+// `deltapipe train` with device = "cuda": whole jobs, their checkpoints and what follows from them.
+#include "tests/cli/process.h"
+#include "tests/data/testing.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <ostream>
+#include <string>
+#include <vector>
+
+namespace deltapipe {
+namespace {
+
+namespace fs = std::filesystem;
+using testing::Outcome;
+using Words = std::vector<std::string>;
+
+constexpr const char* models =
+    "[student.model]\nvocabulary = 258\nhidden = 128\nlayers = 4\nintermediate = 192\nheads = 2\nkv_heads = 1\n"
+    "head_dim = 64\nmax_positions = 256\nrope_factor = 4.0\nrope_original_max_positions = 64\n";
+constexpr const char* stages =
+    "[[stage]]\nname = 'align'\nsteps = 2\nsequence_length = 64\nbatch_sequences = 4\nmicrobatch_sequences = 1\n"
+    "learning_rate = 1e-2\nfrozen = ['layernorm']\n[stage.loss]\nmixer_mse = 1.0\n"
+    "[[stage]]\nname = 'distill'\nsteps = 3\nsequence_length = 96\nbatch_sequences = 4\nmicrobatch_sequences = 1\n"
+    "learning_rate = 5e-3\n[stage.loss]\nkl = 1.0\nhidden_cosine = 0.5\n";
+
+Words preloaded() { return {"env", std::string("LD_PRELOAD=") + DELTAPIPE_STAND_IN}; }
+Words mpirun(int ranks) {
+  return {DELTAPIPE_MPIEXEC,
+          "--allow-run-as-root",
+          "--oversubscribe",
+          "-n",
+          std::to_string(ranks),
+          "env",
+          std::string("LD_PRELOAD=") + DELTAPIPE_STAND_IN};
+}
+
+/// A folder with data, a teacher and a job.
+class Training : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string text;
+    for (int i = 0; i < 400; ++i) text += fmt::format("{} the gate decays the state of head {}.\n", i, i % 7);
+    for (int i = 0; i < 8; ++i)
+      testing::write_text(folder_ / fmt::format("text/{}.txt", i), text.substr(200 * i, 1500));
+    prepare({"data", "text", "--out", "train.h5", "--validation", "validation.h5", "--validation-fraction", "0.3"});
+    const std::string data = "[data]\ntrain = 'train.h5'\nvalidation = 'validation.h5'\n";
+    const std::string rest = "[eval]\nevery_steps = 4\ntokens = 192\n[checkpoint]\nevery_steps = 2\n";
+    testing::write_text(folder_ / "teacher.toml",
+                        std::string("[run]\nname = 'teacher'\n[student]\ninit = 'random'\n") + models + data +
+                            "[[stage]]\nname = 'pretrain'\nsteps = 1\nsequence_length = 48\nbatch_sequences = 4\n"
+                            "learning_rate = 1e-2\n[stage.loss]\nce = 1.0\n" +
+                            rest);
+    prepare({"init", "teacher.toml", "--out", "teacher"});
+    testing::write_text(folder_ / "job.toml",
+                        "[run]\nname = 'job'\ndevice = 'cuda'\n[teacher]\npath = 'teacher'\n[student]\n"
+                        "mixers = ['kda', 'nope']\n" +
+                            data + stages + rest);
+  }
+
+  void prepare(const Words& words) const {
+    const Outcome outcome = testing::run(words, {.folder = folder_.path()});
+    ASSERT_TRUE(testing::succeeds(outcome));
+  }
+
+  /// Trains to the end; nothing may be refused on the way.
+  void train(const Words& launcher, const Words& settings = {}) const {
+    Words words{"train", "job.toml", "--resume", "auto"};
+    for (const std::string& s : settings) words.insert(words.end(), {"--set", s});
+    const Outcome outcome = testing::run(words, {.folder = folder_.path(), .launcher = launcher});
+    EXPECT_TRUE(testing::succeeds(outcome));
+    EXPECT_EQ(outcome.err.find("stand-in"), std::string::npos) << outcome;
+    EXPECT_TRUE(fs::exists(last_checkpoint())) << outcome;
+  }
+  fs::path last_checkpoint() const { return folder_ / "runs/job/checkpoints/step-00000005/manifest.json"; }
+
+ private:
+  testing::TemporaryFolder folder_;
+};
+
+TEST_F(Training, GoesOnFromACheckpoint) {
+  train(preloaded());
+  fs::remove_all(last_checkpoint().parent_path());
+  train(preloaded());
+}
+
+struct Way {
+  const char* name;
+  int ranks;
+  Words settings;
+  friend void PrintTo(const Way& w, std::ostream* out) { *out << w.name; }
+};
+
+class Ways : public Training, public ::testing::WithParamInterface<Way> {};
+
+TEST_P(Ways, AJobRunsToItsEnd) {
+  train(GetParam().ranks == 1 ? preloaded() : mpirun(GetParam().ranks), GetParam().settings);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Jobs, Ways,
+    ::testing::Values(
+        Way{"optimizer_on_host", 1, {"memory.optimizer=host", "memory.recompute=true"}},
+        Way{"optimizer_in_bfloat16", 1, {"optimizer.state=bfloat16"}},
+        Way{"deterministic", 1, {"run.deterministic=true"}}, Way{"data", 2, {"mesh.data=2", "memory.optimizer=host"}},
+        Way{"pipeline", 2, {"mesh.pipeline=2", "pipeline.schedule=zero_bubble", "pipeline.teacher=ahead"}},
+        Way{"interleaved", 2, {"mesh.pipeline=2", "pipeline.schedule=interleaved", "pipeline.chunks=2"}},
+        Way{"sequence", 2, {"mesh.sequence=2"}},
+        Way{"zigzag", 2, {"mesh.sequence=2", "mesh.layout=zigzag", "optimizer.state=bfloat16"}}),
+    [](const auto& test) { return std::string(test.param.name); });
+
+}  // namespace
+}  // namespace deltapipe
