@@ -21,7 +21,7 @@ void short_conv_forward(const Stream& stream, const Tensor& x, const Tensor& w, 
 /// dy [S, L, D] and the inputs of forward -> dx [S, L, D] and dhalo [S, W - 1, D] (skipped when empty), overwritten;
 /// dw [D, W] (float32, or float64 when x is float64) += gradient, skipped when empty. dhalo[s] is what the owner of the
 /// preceding rows adds to its dx. Outputs alias nothing. Workspace: none on the CPU; on CUDA, when dw is wanted, D * W
-/// float32 for every chunk of 16 to 128 tokens: S * ceil(L / chunk) of them, about 256 for long segments.
+/// float32 for each of at most S * L / 16 chunks of tokens, as few as fill the device: 104 at D = 2,560.
 void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& halo,
                          const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo,
                          Arena& workspace);

@@ -7,13 +7,22 @@ namespace deltapipe::kernels::cuda {
 namespace {
 
 constexpr int threads = 64;
-constexpr int forward_chunk = 32;   // tokens that a thread of forward walks through
-constexpr int forward_at_once = 8;  // of them, loads in flight
-constexpr int backward_at_once = 4;
+/// Blocks that a multiprocessor holds with the registers of at most four taps; those of eight take twice as many.
+template <int most_taps>
+inline constexpr int blocks_resident = most_taps <= 4 ? 8 : 4;
+constexpr std::int64_t most_blocks = 132 * blocks_resident<4>;
+constexpr std::int64_t fewest_tokens = 16;
 
 /// Blocks of threads side by side over the channels, n a thread; the grid counts them fastest, then chunks of tokens.
 __host__ __device__ std::int64_t tiles_of(const ConvolutionShape& shape, int n) {
   return (shape.channels + threads * n - 1) / (threads * n);
+}
+
+/// Tokens that a thread walks through: so many that all blocks run at once, as long walks read few rows twice.
+std::int64_t chunk_of(const ConvolutionShape& shape, int n) {
+  const std::int64_t chunks = std::max<std::int64_t>(1, most_blocks / (tiles_of(shape, n) * shape.segments));
+  const std::int64_t even = (shape.length + chunks - 1) / chunks;
+  return std::max(fewest_tokens, (even + 7) / 8 * 8);  // whole turns of up to eight taps
 }
 
 /// One segment: rows 0 .. L - 1 are x, -(taps - 1) .. -1 the halo.
@@ -55,183 +64,238 @@ __device__ __forceinline__ void load_taps(const T* w, std::int64_t channel, int 
 }
 
 /// How many tokens back token t may look, at most taps - 1.
-__device__ __forceinline__ int reach_of(std::int64_t t, std::int32_t start, int taps) {
-  const std::int64_t reach = t - start;
-  return reach < taps - 1 ? static_cast<int>(reach) : taps - 1;
+__device__ __forceinline__ int reach_of(int t, int start, int taps) { return min(t - start, taps - 1); }
+
+/// The work of a thread: channels [channel, channel + count) of the tokens [begin, end) of a segment.
+struct Place {
+  std::int64_t chunk, segment, channel;
+  int begin, end, count;
+  bool idle;  // beyond the last channel
+};
+template <int n>
+__device__ __forceinline__ Place place_of(const ConvolutionShape& shape, std::int64_t chunk) {
+  const std::int64_t tiles = tiles_of(shape, n), chunks = (shape.length + chunk - 1) / chunk;
+  Place p;
+  p.chunk = blockIdx.x / tiles;
+  p.segment = p.chunk / chunks;
+  p.channel = ((blockIdx.x - p.chunk * tiles) * threads + threadIdx.x) * n;
+  const std::int64_t begin = (p.chunk - p.segment * chunks) * chunk;
+  p.begin = static_cast<int>(begin);
+  p.end = static_cast<int>(begin + chunk < shape.length ? begin + chunk : shape.length);
+  p.count = shape.channels - p.channel < n ? static_cast<int>(shape.channels - p.channel) : n;
+  p.idle = p.channel >= shape.channels;
+  return p;
 }
 
-/// p += taps . rows, over the taps that reach at most `reach` tokens back.
-template <class T, int n, int most_taps>
-__device__ __forceinline__ void convolve(const float (&taps)[most_taps][n], const Pack<T, n>* rows, int reach,
-                                         float (&p)[n]) {
+// Both directions walk in turns of most_taps tokens. Token number u of a turn keeps what later ones need of it in entry
+// u of its windows, so that entry (u - k) mod most_taps is that of the token k before. The rows of a turn are on their
+// way while the one before is computed.
+template <int most_taps>
+__device__ __forceinline__ constexpr int entry_of(int u, int back) {
+  return (u - back + most_taps) % most_taps;
+}
+
+/// The rows of the most_taps - 1 tokens before `begin`, as a turn before would have left them.
+template <class T, bool aligned, int n, int most_taps>
+__device__ __forceinline__ void load_past(const Rows<T>& source, const Place& place, float (&rows)[most_taps][n]) {
 #pragma unroll
-  for (int j = 0; j < most_taps; ++j) {
-    if (most_taps - 1 - j > reach) continue;
-    float v[n];
-    rows[j].get(v);
+  for (int back = 1; back < most_taps; ++back) {
+    Pack<T, n> row;
+    source.template load<aligned, n>(place.begin - back, place.channel, place.count, row);
+    row.get(rows[most_taps - back]);
+  }
+}
+
+/// p = taps . rows; `whole`: all most_taps rows are seen, else `reach` of them and the newest.
+template <bool whole, int n, int most_taps>
+__device__ __forceinline__ void convolve(const float (&taps)[most_taps][n], const float (&rows)[most_taps][n], int u,
+                                         int reach, float (&p)[n]) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) p[i] += taps[j][i] * v[i];
+  for (int i = 0; i < n; ++i) p[i] = 0;
+#pragma unroll
+  for (int back = most_taps - 1; back >= 0; --back) {
+    if (!whole && back > reach) continue;
+#pragma unroll
+    for (int i = 0; i < n; ++i) p[i] += taps[most_taps - 1 - back][i] * rows[entry_of<most_taps>(u, back)][i];
   }
 }
 
 template <class T, int n, int most_taps, bool aligned>
-__global__ void __launch_bounds__(threads)
-    forward(ConvolutionShape shape, const T* x, const T* w, const T* halo, const std::int32_t* start, T* y) {
+__global__ void __launch_bounds__(threads, blocks_resident<most_taps>)
+    forward(ConvolutionShape shape, std::int64_t chunk, const T* x, const T* w, const T* halo,
+            const std::int32_t* start, T* y) {
   constexpr int past = most_taps - 1;
-  const std::int64_t tiles = tiles_of(shape, n), chunk_index = blockIdx.x / tiles;
-  const std::int64_t channel = ((blockIdx.x - chunk_index * tiles) * threads + threadIdx.x) * n;
-  if (channel >= shape.channels) return;
-  const int count = shape.channels - channel < n ? static_cast<int>(shape.channels - channel) : n;
-  const std::int64_t chunks = (shape.length + forward_chunk - 1) / forward_chunk;
-  const std::int64_t segment = chunk_index / chunks, begin = (chunk_index - segment * chunks) * forward_chunk;
-  const std::int64_t end = begin + forward_chunk < shape.length ? begin + forward_chunk : shape.length;
-  const Rows<T> source{x + segment * shape.length * shape.channels,
-                       halo == nullptr ? nullptr : halo + segment * (shape.taps - 1) * shape.channels, shape.length,
-                       shape.channels, shape.taps};
-  T* out = y + segment * shape.length * shape.channels + channel;
-  start += segment * shape.length;
-  float taps[most_taps][n];
-  load_taps<T, n, most_taps>(w, channel, count, shape.taps, taps);
-  Pack<T, n> rows[past + forward_at_once];
+  const Place place = place_of<n>(shape, chunk);
+  if (place.idle) return;
+  const std::int64_t first_row = place.segment * shape.length, d = shape.channels;
+  const Rows<T> source{x + first_row * d, halo == nullptr ? nullptr : halo + place.segment * (shape.taps - 1) * d,
+                       shape.length, d, shape.taps};
+  float taps[most_taps][n], rows[most_taps][n];
+  load_taps<T, n, most_taps>(w, place.channel, place.count, shape.taps, taps);
+  load_past<T, aligned>(source, place, rows);
+  const std::int64_t from = (first_row + place.begin) * d + place.channel;
+  const T* in = x + from;
+  T* out = y + from;
+  start += first_row;
+  Pack<T, n> next[most_taps];
+  int next_start[most_taps] = {};
+  const auto fetch = [&](int first) {
 #pragma unroll
-  for (int j = 0; j < past; ++j) source.template load<aligned, n>(begin - past + j, channel, count, rows[j]);
-  for (std::int64_t t = begin; t < end; t += forward_at_once) {
-    int reach[forward_at_once];
-#pragma unroll
-    for (int u = 0; u < forward_at_once; ++u) {
-      source.template load<aligned, n>(t + u, channel, count, rows[past + u]);
-      reach[u] = t + u < end ? reach_of(t + u, start[t + u], shape.taps) : 0;
+    for (int u = 0; u < most_taps; ++u) {
+      if (first + u < place.end) {
+        next[u].template load<aligned>(in, place.count);
+        next_start[u] = start[first + u];
+      }
+      in += d;
     }
+  };
+  fetch(place.begin);
+  for (int first = place.begin; first < place.end; first += most_taps) {
+    Pack<T, n> now[most_taps];
+    int now_start[most_taps];
 #pragma unroll
-    for (int u = 0; u < forward_at_once; ++u) {
-      if (t + u >= end) break;
-      float p[n] = {};
-      convolve<T, n, most_taps>(taps, rows + u, reach[u], p);
+    for (int u = 0; u < most_taps; ++u) {
+      now[u] = next[u];
+      now_start[u] = next_start[u];
+    }
+    fetch(first + most_taps);
+#pragma unroll
+    for (int u = 0; u < most_taps; ++u) {
+      if (first + u >= place.end) break;
+      now[u].get(rows[u]);
+      const int reach = reach_of(first + u, now_start[u], shape.taps);
+      float p[n];
+      if (reach == past) {
+        convolve<true>(taps, rows, u, reach, p);
+      } else {
+        convolve<false>(taps, rows, u, reach, p);
+      }
 #pragma unroll
       for (int i = 0; i < n; ++i) p[i] *= sigmoid<T>(p[i]);
       Pack<T, n> result;
       result.set(p);
-      result.template store<aligned>(out + (t + u) * shape.channels, count);
+      result.template store<aligned>(out, place.count);
+      out += d;
     }
-#pragma unroll
-    for (int j = 0; j < past; ++j) rows[j] = rows[forward_at_once + j];
   }
-}
-
-/// Tokens that a thread of backward walks through: long enough that the taps - 1 tokens read twice hardly count, short
-/// enough that a few thousand tokens still fill the device.
-std::int64_t backward_chunk(const ConvolutionShape& shape) {
-  const std::int64_t even = (shape.segments * shape.length + 255) / 256;
-  return std::clamp<std::int64_t>((even + 7) / 8 * 8, 16, 128);
 }
 
 // With dp[t] = dy[t] silu'(p[t]): dx[s] = sum of w[:, taps - 1 - (t - s)] dp[t] over t in s .. s + taps - 1 that may
 // see s. A thread owns the dx rows and the share of dw of the tokens of its chunk; the taps - 1 tokens after the chunk
-// are gone through once more for their dp. The first chunk of a segment also owns dhalo.
+// are gone through once more for their dp. The first chunk of a segment also owns dhalo. A token that sees most_taps -
+// 1 tokens back says so for those between, as documents follow each other: then nothing is asked.
 template <class T, int n, int most_taps, bool aligned>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, blocks_resident<most_taps>)
     backward(ConvolutionShape shape, std::int64_t chunk, const T* dy, const T* x, const T* w, const T* halo,
              const std::int32_t* start, T* dx, T* dhalo, float* partials) {
   constexpr int past = most_taps - 1;
-  const std::int64_t tiles = tiles_of(shape, n), chunk_index = blockIdx.x / tiles;
-  const std::int64_t channel = ((blockIdx.x - chunk_index * tiles) * threads + threadIdx.x) * n;
-  if (channel >= shape.channels) return;
-  const int count = shape.channels - channel < n ? static_cast<int>(shape.channels - channel) : n;
-  const std::int64_t chunks = (shape.length + chunk - 1) / chunk, segment = chunk_index / chunks;
-  const std::int64_t begin = (chunk_index - segment * chunks) * chunk;
-  const std::int64_t end = begin + chunk < shape.length ? begin + chunk : shape.length;
-  const std::int64_t offset = segment * shape.length * shape.channels;
-  const std::int64_t halo_offset = segment * (shape.taps - 1) * shape.channels;
-  const Rows<T> source{x + offset, halo == nullptr ? nullptr : halo + halo_offset, shape.length, shape.channels,
-                       shape.taps};
-  const Rows<T> gradient{dy + offset, nullptr, shape.length, shape.channels, shape.taps};
-  start += segment * shape.length;
-  float taps[most_taps][n], dw[most_taps][n] = {};
-  load_taps<T, n, most_taps>(w, channel, count, shape.taps, taps);
-  Pack<T, n> rows[past + backward_at_once];
-  float dp[most_taps][n] = {};  // of the newest tokens, oldest first
+  const Place place = place_of<n>(shape, chunk);
+  if (place.idle) return;
+  const std::int64_t first_row = place.segment * shape.length, d = shape.channels;
+  const std::int64_t halo_offset = place.segment * (shape.taps - 1) * d;
+  const int last = static_cast<int>(place.end + past < shape.length ? place.end + past : shape.length);
+  const Rows<T> source{x + first_row * d, halo == nullptr ? nullptr : halo + halo_offset, shape.length, d, shape.taps};
+  float taps[most_taps][n], dw[most_taps][n] = {}, rows[most_taps][n], dp[most_taps][n] = {};
   int reach[most_taps];
+  load_taps<T, n, most_taps>(w, place.channel, place.count, shape.taps, taps);
+  load_past<T, aligned>(source, place, rows);
 #pragma unroll
-  for (int j = 0; j < most_taps; ++j) reach[j] = -1;  // sees nothing
+  for (int& r : reach) r = -1;  // sees nothing
+  const std::int64_t from = (first_row + place.begin) * d + place.channel;
+  const T *in_x = x + from, *in_dy = dy + from;
+  T* out = dx + from;
+  start += first_row;
+  Pack<T, n> next_x[most_taps], next_dy[most_taps];
+  int next_start[most_taps] = {};
+  const auto fetch = [&](int first) {
 #pragma unroll
-  for (int j = 0; j < past; ++j) source.template load<aligned, n>(begin - past + j, channel, count, rows[j]);
-  for (std::int64_t first = begin; first < end + past; first += backward_at_once) {
-    Pack<T, n> g[backward_at_once];
-    int next_reach[backward_at_once];
-#pragma unroll
-    for (int u = 0; u < backward_at_once; ++u) {
-      const std::int64_t t = first + u;
-      source.template load<aligned, n>(t, channel, count, rows[past + u]);
-      gradient.template load<aligned, n>(t, channel, count, g[u]);
-      next_reach[u] = t < shape.length ? reach_of(t, start[t], shape.taps) : -1;
+    for (int u = 0; u < most_taps; ++u) {
+      if (first + u < last) {
+        next_x[u].template load<aligned>(in_x, place.count);
+        next_dy[u].template load<aligned>(in_dy, place.count);
+        next_start[u] = start[first + u];
+      }
+      in_x += d;
+      in_dy += d;
     }
+  };
+  const auto go_through = [&]<bool whole>(int t, int u) {
+    float p[n];
+    convolve<whole>(taps, rows, u, reach[u], p);
 #pragma unroll
-    for (int u = 0; u < backward_at_once; ++u) {
-      const std::int64_t t = first + u;
-#pragma unroll
-      for (int j = 0; j < past; ++j) {
-        reach[j] = reach[j + 1];
-#pragma unroll
-        for (int i = 0; i < n; ++i) dp[j][i] = dp[j + 1][i];
-      }
-      reach[past] = next_reach[u];
-      float p[n] = {};
-      convolve<T, n, most_taps>(taps, rows + u, reach[past], p);
-      g[u].get(dp[past]);
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const float s = sigmoid<T>(p[i]);
-        dp[past][i] *= s * (1.0f + p[i] * (1.0f - s));
-      }
-      if (t < end) {
-#pragma unroll
-        for (int j = 0; j < most_taps; ++j) {
-          if (past - j > reach[past]) continue;
-          float v[n];
-          rows[u + j].get(v);
-#pragma unroll
-          for (int i = 0; i < n; ++i) dw[j][i] += dp[past][i] * v[i];
-        }
-      }
-      // dp[k] is of token s + k, which sees s through tap past - k.
-      const std::int64_t s = t - past;
-      T* out = nullptr;
-      if (s >= begin && s < end) {
-        out = dx + offset + s * shape.channels;
-      } else if (s < 0 && begin == 0 && dhalo != nullptr && s + shape.taps - 1 >= 0) {
-        out = dhalo + halo_offset + (s + shape.taps - 1) * shape.channels;
-      }
-      if (out == nullptr) continue;
-      float sum[n] = {};
-#pragma unroll
-      for (int k = 0; k < most_taps; ++k) {
-        if (k > reach[k]) continue;
-#pragma unroll
-        for (int i = 0; i < n; ++i) sum[i] += taps[past - k][i] * dp[k][i];
-      }
-      Pack<T, n> result;
-      result.set(sum);
-      result.template store<aligned>(out + channel, count);
+    for (int i = 0; i < n; ++i) {
+      const float s = sigmoid<T>(p[i]);
+      dp[u][i] *= s * (1.0f + p[i] * (1.0f - s));
     }
+    if (t < place.end) {
 #pragma unroll
-    for (int j = 0; j < past; ++j) rows[j] = rows[backward_at_once + j];
+      for (int back = 0; back < most_taps; ++back) {
+        if (!whole && back > reach[u]) continue;
+#pragma unroll
+        for (int i = 0; i < n; ++i) dw[past - back][i] += dp[u][i] * rows[entry_of<most_taps>(u, back)][i];
+      }
+    }
+    const int s = t - past;
+    const bool own = s >= place.begin && s < place.end;
+    if (!own && (s >= 0 || place.begin != 0 || dhalo == nullptr || s + shape.taps - 1 < 0)) return;
+    float sum[n] = {};
+#pragma unroll
+    for (int ahead = 0; ahead < most_taps; ++ahead) {  // token s + ahead sees s through tap past - ahead
+      const int entry = entry_of<most_taps>(u, past - ahead);
+      if (!whole && ahead > reach[entry]) continue;
+#pragma unroll
+      for (int i = 0; i < n; ++i) sum[i] += taps[past - ahead][i] * dp[entry][i];
+    }
+    Pack<T, n> result;
+    result.set(sum);
+    if (own) {
+      result.template store<aligned>(out, place.count);
+      out += d;
+    } else {
+      result.template store<aligned>(dhalo + halo_offset + (s + shape.taps - 1) * d + place.channel, place.count);
+    }
+  };
+  fetch(place.begin);
+  for (int first = place.begin; first < place.end + past; first += most_taps) {
+    Pack<T, n> now_x[most_taps], now_dy[most_taps];
+    int now_start[most_taps];
+#pragma unroll
+    for (int u = 0; u < most_taps; ++u) {
+      now_x[u] = next_x[u];
+      now_dy[u] = next_dy[u];
+      now_start[u] = next_start[u];
+    }
+    fetch(first + most_taps);
+#pragma unroll
+    for (int u = 0; u < most_taps; ++u) {
+      const int t = first + u;
+      now_x[u].get(rows[u]);
+      now_dy[u].get(dp[u]);
+      reach[u] = t < last ? reach_of(t, now_start[u], shape.taps) : -1;
+      if (reach[u] == past) {
+        go_through.template operator()<true>(t, u);
+      } else {
+        go_through.template operator()<false>(t, u);
+      }
+    }
   }
   if (partials == nullptr) return;
-  float* out = partials + (chunk_index * shape.channels + channel) * shape.taps;
+  float* sums = partials + (place.chunk * d + place.channel) * shape.taps;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
 #pragma unroll
     for (int j = 0; j < most_taps; ++j) {
       const int tap = j - (most_taps - shape.taps);
-      if (i < count && tap >= 0) out[i * shape.taps + tap] = dw[j][i];
+      if (i < place.count && tap >= 0) sums[i * shape.taps + tap] = dw[j][i];
     }
   }
 }
 
-/// f.template operator()<n, most_taps, aligned>(): channels of a thread, fewer where eight taps fill its registers.
-template <class T, class F>
+constexpr int narrow = 4;  // channels of a thread where a wider pack fills its registers
+
+/// f.template operator()<n, most_taps, aligned>(): n is `wide` for at most four taps.
+template <int wide, class F>
 cudaError_t for_taps(const ConvolutionShape& shape, bool aligned, const F& f) {
-  constexpr int wide = pack_width<T>, narrow = 4;
   if (shape.taps <= 4) {
     return aligned && shape.channels % wide == 0 ? f.template operator()<wide, 4, true>()
                                                  : f.template operator()<wide, 4, false>();
@@ -250,9 +314,10 @@ template <class T>
 cudaError_t short_conv_forward(const ConvolutionShape& shape, const T* x, const T* w, const T* halo,
                                const std::int32_t* start, T* y, cudaStream_t stream) {
   if (shape.segments * shape.length * shape.channels == 0) return cudaSuccess;
-  return for_taps<T>(shape, all_aligned(x, halo, y), [&]<int n, int most_taps, bool aligned>() {
+  return for_taps<pack_width<T>>(shape, all_aligned(x, halo, y), [&]<int n, int most_taps, bool aligned>() {
+    const std::int64_t chunk = chunk_of(shape, n);
     forward<T, n, most_taps, aligned>
-        <<<blocks_of(shape, n, forward_chunk), threads, 0, stream>>>(shape, x, w, halo, start, y);
+        <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, x, w, halo, start, y);
     return cudaGetLastError();
   });
 }
@@ -262,7 +327,7 @@ template cudaError_t short_conv_forward(const ConvolutionShape&, const float*, c
                                         const std::int32_t*, float*, cudaStream_t);
 
 std::int64_t short_conv_partial_rows(const ConvolutionShape& shape) {
-  const std::int64_t chunk = backward_chunk(shape);
+  const std::int64_t chunk = chunk_of(shape, narrow);
   return shape.segments * ((shape.length + chunk - 1) / chunk);
 }
 
@@ -270,8 +335,8 @@ template <class T>
 cudaError_t short_conv_backward(const ConvolutionShape& shape, const T* dy, const T* x, const T* w, const T* halo,
                                 const std::int32_t* start, T* dx, T* dhalo, float* partials, cudaStream_t stream) {
   if (shape.segments * shape.length * shape.channels == 0) return cudaSuccess;
-  return for_taps<T>(shape, all_aligned(dy, x, halo, dx, dhalo), [&]<int n, int most_taps, bool aligned>() {
-    const std::int64_t chunk = backward_chunk(shape);
+  return for_taps<narrow>(shape, all_aligned(dy, x, halo, dx, dhalo), [&]<int n, int most_taps, bool aligned>() {
+    const std::int64_t chunk = chunk_of(shape, n);
     backward<T, n, most_taps, aligned>
         <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, dy, x, w, halo, start, dx, dhalo, partials);
     return cudaGetLastError();

@@ -185,7 +185,11 @@ __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (std::is_same_v<T, float>) {
     return 1.0f / (1.0f + expf(-x));
   } else {
-    return __fdividef(1.0f, 1.0f + __expf(-x));
+    // A power of two too large is infinite, one too small 0: both end as they should.
+    float power, s;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + power));
+    return s;
   }
 }
 

@@ -6,6 +6,7 @@
 #include "data/token_dataset.h"
 #include "eval/divergence.h"
 #include "eval/needle.h"
+#include "kernels/settings.h"
 
 #include <nlohmann/json.hpp>
 
@@ -17,7 +18,8 @@ namespace deltapipe {
 namespace {
 
 struct Options {
-  std::string model, config, data, teacher, json, dtype = "float32";
+  std::string model, config, data, teacher, json;
+  ComputationOptions computation;
   bool without_teacher = false;
   std::vector<std::string> overrides;
 };
@@ -70,7 +72,8 @@ void evaluate(const Options& options) {
   const WindowReader reader(data, sequence_length(config, data), config.data.isolate_documents);
   DivergenceResult divergence;
   NeedleResult needle;
-  with_models(student, teacher ? &*teacher : nullptr, inference_dtype(options.dtype),
+  kernels::settings().deterministic = config.run.deterministic;
+  with_models(student, teacher ? &*teacher : nullptr, options.computation.choose(config.run.device),
               [&](const Context& c, ModelSet& models, ArenaSet& arenas) {
                 const Distiller distiller(models.student(), models.teacher(), config.memory.loss_block_tokens, false);
                 DivergenceEvaluation evaluation(reader.sequence_length(), arenas.staging(), arenas.batch);
@@ -109,7 +112,7 @@ void add_eval_command(CLI::App& app) {
       ->type_name("FOLDER");
   command->add_flag("--without-teacher", options->without_teacher, "measure the student alone");
   command->add_option("--json", options->json, "also write the results to this file")->type_name("FILE");
-  command->add_option("--dtype", options->dtype, "type to compute in: float32 or float64")->type_name("TYPE");
+  options->computation.add_to(*command);
   command
       ->add_option("--set", options->overrides,
                    "override a key: --set eval.tokens=1000000 --set eval.needle.lengths=[1024] (repeatable)")

@@ -18,6 +18,7 @@ struct Options {
   std::string model, text;
   TokenOptions tokens;
   std::int64_t count = 64;
+  ComputationOptions computation;
 };
 
 void generate(const Options& options) {
@@ -37,7 +38,7 @@ void generate(const Options& options) {
     prompt = options.tokens.read();
   }
   std::vector<std::int64_t> next;
-  with_models(source, nullptr, DType::f32, [&](const Context& c, ModelSet& models, ArenaSet&) {
+  with_models(source, nullptr, options.computation.choose(), [&](const Context& c, ModelSet& models, ArenaSet&) {
     next = generate_greedily(c, models.student(), prompt, options.count);
   });
   if (as_text) {
@@ -63,6 +64,7 @@ void add_generate_command(CLI::App& app) {
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   options->tokens.add_to(*command);
+  options->computation.add_to(*command);
   command->callback([options] { generate(*options); });
 }
 

@@ -30,22 +30,26 @@ std::string npy(const std::vector<std::byte>& values, DType dtype, std::int64_t 
 }
 
 struct Options {
-  std::string model, out, dtype = "float32";
+  std::string model, out;
+  ComputationOptions computation;
   TokenOptions tokens;
 };
 
 void write_logits(const Options& options) {
   const std::vector<std::int64_t> tokens = options.tokens.read();
-  const DType dtype = inference_dtype(options.dtype);
+  const Computation how = options.computation.choose();
+  const DType dtype = accumulation_dtype(how.dtype);
   WeightSource source(options.model);
   const PromptBatch prompt(tokens, source.spec().vocabulary);
-  const std::int64_t rows = prompt.batch().size(), columns = source.spec().vocabulary;
+  const std::int64_t rows = std::ssize(tokens), columns = source.spec().vocabulary;
   std::vector<std::byte> values(static_cast<std::size_t>(rows * columns) * size_of(dtype));
-  with_models(source, nullptr, dtype, [&](const Context& c, ModelSet& models, ArenaSet&) {
-    for_each_logits(c, models.student(), prompt.batch(), 512, [&](std::int64_t first, const Tensor& logits) {
+  with_models(source, nullptr, how, [&](const Context& c, ModelSet& models, ArenaSet&) {
+    const auto scope = c.workspace.scope();
+    for_each_logits(c, models.student(), prompt.batch(c), 512, [&](std::int64_t first, const Tensor& logits) {
       if (c.stream.is_dry()) return;
-      std::memcpy(values.data() + static_cast<std::size_t>(first * columns) * size_of(dtype), logits.data,
-                  logits.bytes());
+      const HostLogits here(c.stream, logits);
+      std::memcpy(values.data() + static_cast<std::size_t>(first * columns) * size_of(dtype), here.tensor().data,
+                  here.tensor().bytes());
     });
   });
   write_file_atomically(options.out, npy(values, dtype, rows, columns));
@@ -58,7 +62,7 @@ void add_logits_command(CLI::App& app) {
   auto options = std::make_shared<Options>();
   command->add_option("model", options->model, "Hugging Face folder or checkpoint")->required()->type_name("FOLDER");
   command->add_option("--out", options->out, "file to write (.npy)")->required()->type_name("FILE");
-  command->add_option("--dtype", options->dtype, "type to compute in: float32 or float64")->type_name("TYPE");
+  options->computation.add_to(*command);
   options->tokens.add_to(*command);
   command->callback([options] { write_logits(*options); });
 }

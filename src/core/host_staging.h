@@ -28,7 +28,10 @@ class HostStaging {
   /// t after all work queued on `stream`: t itself where it is in host memory, else a copy that lasts until the next
   /// call.
   Tensor read(const Stream& stream, const Tensor& t) {
-    if (t.device.is_cpu()) return t;
+    if (t.device.is_cpu()) {
+      synchronize(stream);
+      return t;
+    }
     const Tensor host = room_for(t);
     copy(stream, t, host);
     synchronize(stream);

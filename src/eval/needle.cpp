@@ -40,10 +40,10 @@ std::pair<bool, std::int64_t> ask(const Context& c, const Transformer& model, co
   const auto answers = static_cast<std::int64_t>(sample.expected.size());
   const Tensor x = c.workspace.allocate(model.dtype(), {n, model.spec().hidden}, "hidden state");
   const Tensor logits = c.workspace.allocate(model.dtype(), {answers, model.spec().vocabulary}, "logits");
-  final_hidden_states(c, model, input.batch(), x);
+  final_hidden_states(c, model, input.batch(c), x);
   model.head().forward(c, x.rows(n - answers, n), logits);
   if (c.stream.is_dry()) return {false, 0};
-  const std::vector<std::int64_t> got = argmax_rows(logits);
+  const std::vector<std::int64_t> got = argmax_rows(c.stream, logits);
   std::int64_t right = 0;
   for (std::size_t i = 0; i < got.size(); ++i) right += got[i] == sample.expected[i];
   return {right == answers, right};

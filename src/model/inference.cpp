@@ -1,6 +1,9 @@
 #include "model/inference.h"
 
+#include "core/device_memory.h"
 #include "core/error.h"
+#include "core/host_staging.h"
+#include "kernels/elementwise.h"
 
 namespace deltapipe {
 
@@ -12,7 +15,17 @@ void final_hidden_states(const Context& c, const Transformer& model, const Token
   model.final_norm(c, x, x, rstd);
 }
 
-std::vector<std::int64_t> argmax_rows(const Tensor& logits) {
+HostLogits::HostLogits(const Stream& stream, const Tensor& logits) {
+  const DType dtype = accumulation_dtype(logits.dtype);
+  memory_.resize(static_cast<std::size_t>(logits.numel()) * size_of(dtype));
+  tensor_ = Tensor(memory_.data(), dtype, logits.shape);
+  HostStaging staging;
+  kernels::copy_cast(Stream::cpu(), staging.read(stream, logits), tensor_);
+}
+
+std::vector<std::int64_t> argmax_rows(const Stream& stream, const Tensor& logits_there) {
+  const HostLogits here(stream, logits_there);
+  const Tensor& logits = here.tensor();
   std::vector<std::int64_t> best(static_cast<std::size_t>(logits.dim(0)));
   const auto find = [&]<class T>(const T* z) {
     const std::int64_t n = logits.dim(1);
@@ -42,18 +55,25 @@ PromptBatch::PromptBatch(std::span<const std::int64_t> tokens, std::int64_t voca
   start_.assign(tokens_.size(), 0);
 }
 
-TokenBatch PromptBatch::batch() const {
+TokenBatch PromptBatch::batch(const Context& c) const {
   const auto n = static_cast<std::int64_t>(tokens_.size());
   const auto tensor = [](const std::vector<std::int32_t>& v, Shape shape) {
     return Tensor(const_cast<std::int32_t*>(v.data()), DType::i32, shape);
   };
-  return {1,
-          n,
-          tensor(tokens_, {n}),
-          tensor(labels_, {n}),
-          tensor(start_, {1, n}),
-          tensor(positions_, {n}),
-          tensor(start_, {1, n})};
+  TokenBatch batch{1,
+                   n,
+                   tensor(tokens_, {n}),
+                   tensor(labels_, {n}),
+                   tensor(start_, {1, n}),
+                   tensor(positions_, {n}),
+                   tensor(start_, {1, n})};
+  if (c.stream.device().is_cpu()) return batch;
+  for (Tensor* t : {&batch.tokens, &batch.labels, &batch.start, &batch.positions}) {
+    const Tensor there = c.workspace.allocate(DType::i32, t->shape, "prompt");
+    copy(c.stream, *t, there);
+    *t = there;
+  }
+  return batch;
 }
 
 std::vector<std::int64_t> generate_greedily(const Context& c, const Transformer& model,
@@ -65,9 +85,9 @@ std::vector<std::int64_t> generate_greedily(const Context& c, const Transformer&
     const auto n = static_cast<std::int64_t>(text.size());
     const Tensor x = c.workspace.allocate(model.dtype(), {n, model.spec().hidden}, "hidden state");
     const Tensor logits = c.workspace.allocate(model.dtype(), {1, model.spec().vocabulary}, "logits");
-    final_hidden_states(c, model, input.batch(), x);
+    final_hidden_states(c, model, input.batch(c), x);
     model.head().forward(c, x.rows(n - 1, n), logits);
-    text.push_back(c.stream.is_dry() ? 0 : argmax_rows(logits)[0]);
+    text.push_back(c.stream.is_dry() ? 0 : argmax_rows(c.stream, logits)[0]);
   }
   return {text.end() - count, text.end()};
 }

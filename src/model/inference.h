@@ -4,6 +4,7 @@
 #include "model/transformer.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -30,15 +31,29 @@ void for_each_logits(const Context& c, const Transformer& model, const TokenBatc
   }
 }
 
-/// Index of the largest entry of each row of `logits` [M, N] in host memory, the lowest where several are equal.
-std::vector<std::int64_t> argmax_rows(const Tensor& logits);
+/// `logits` [M, N] of any device and float dtype as float64 or, unless they are float64, float32 in host memory, after
+/// the stream's work.
+class HostLogits {
+ public:
+  HostLogits(const Stream& stream, const Tensor& logits);
+  const Tensor& tensor() const { return tensor_; }
+
+ private:
+  std::vector<std::byte> memory_;
+  Tensor tensor_;
+};
+
+/// Index of the largest entry of each row of `logits` [M, N], the lowest where several are equal. Waits for the stream.
+std::vector<std::int64_t> argmax_rows(const Stream& stream, const Tensor& logits);
 
 /// One document of tokens in host memory, as a batch of one segment. Throws FormatError for ids outside [0,
 /// vocabulary).
 class PromptBatch {
  public:
   PromptBatch(std::span<const std::int64_t> tokens, std::int64_t vocabulary);
-  TokenBatch batch() const;
+  /// On the context's device; takes room from its workspace where that is not the host. This object lives until the
+  /// stream is done with it.
+  TokenBatch batch(const Context& c) const;
 
  private:
   std::vector<std::int32_t> tokens_, labels_, start_, positions_;

@@ -237,9 +237,9 @@ TEST_F(Needle, AsksBothModelsAtTheLastPositions) {
       int m = 0;
       for (const Transformer* model : {&models.student(), models.teacher()}) {
         Tokens best;
-        for_each_logits(c, *model, prompt.batch(), 10, [&](std::int64_t, const Tensor& logits) {
+        for_each_logits(c, *model, prompt.batch(c), 10, [&](std::int64_t, const Tensor& logits) {
           if (c.stream.is_dry()) return;
-          for (const std::int64_t t : argmax_rows(logits)) best.push_back(t);
+          for (const std::int64_t t : argmax_rows(c.stream, logits)) best.push_back(t);
         });
         if (!c.stream.is_dry()) {
           const double n = (best[43] == s.expected[0] ? 1 : 0) + (best[44] == s.expected[1] ? 1 : 0);

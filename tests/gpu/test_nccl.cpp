@@ -55,6 +55,7 @@ class Nccl : public ::testing::Test {
   void SetUp() override {
     if (communicator == nullptr) GTEST_SKIP() << "no CUDA device";
     communicator->reset_traffic();
+    runtime().settings().timeout_s = 60;  // what hangs says so
   }
   void TearDown() override { runtime().settings() = settings; }
 
