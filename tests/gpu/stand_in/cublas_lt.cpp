@@ -1,5 +1,6 @@
 // cuBLASLt without its products: descriptions are kept, algorithms remember what they were chosen for, and a product's
 // operands, result, bias and workspace must be device memory with room for what the layouts say.
+#include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <cublasLt.h>
@@ -231,7 +232,7 @@ STAND_IN std::size_t cublasLtGetVersion() { return CUBLAS_VERSION; }
 STAND_IN const char* cublasLtGetStatusString(cublasStatus_t status) {
   return with_refusal(status == CUBLAS_STATUS_SUCCESS         ? "success"
                       : status == CUBLAS_STATUS_INVALID_VALUE ? "CUBLAS_STATUS_INVALID_VALUE"
-                                                              : "CUBLAS_STATUS_NOT_SUPPORTED");
+                                                              : "CUBLAS_STATUS_EXECUTION_FAILED");
 }
 
 STAND_IN cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* out, cudaDataType type, std::uint64_t rows,
@@ -383,5 +384,9 @@ STAND_IN cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDe
   constexpr std::size_t workspace_alignment = 256;
   if (!is_device_range(workspace, workspace_bytes, "cublasLtMatmul: workspace")) return bad;
   if (!is_aligned(workspace, workspace_alignment)) return refuse(bad, "{}: workspace is not aligned", call);
-  return CUBLAS_STATUS_SUCCESS;
+  const std::array<Use, 4> uses{{{a, of_a.bytes(), Access::read},
+                                 {b, of_b.bytes(), Access::read},
+                                 {d, of_d.bytes(), Access::write},
+                                 {workspace, workspace_bytes, Access::write}}};
+  return queue(call, stream, uses, Work::kernel) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

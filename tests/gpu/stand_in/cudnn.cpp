@@ -1,5 +1,6 @@
 // cuDNN's backend API without its engines: descriptors keep what they are given, every operation graph has one plan,
 // and executing it checks the memory of the graph's tensors.
+#include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <cudnn.h>
@@ -349,15 +350,18 @@ STAND_IN cudnnStatus_t cudnnBackendExecute(cudnnHandle_t handle, cudnnBackendDes
   std::map<std::int64_t, const void*> given;
   for (std::size_t i = 0; i < ids.size(); ++i) given[ids[i]] = memory[i];
   const Tensors tensors = tensors_of(p);
+  std::vector<Use> uses;
   if (logs()) fmt::print(stderr, "CUDA stand-in: a cuDNN plan of {} tensors\n", tensors.size());
   for (const auto& [id, tensor] : tensors) {
     if (element(*tensor, CUDNN_ATTR_TENSOR_IS_VIRTUAL, false)) continue;
     const auto found = given.find(id);
     if (found == given.end()) return refuse(CUDNN_STATUS_BAD_PARAM, "{}: no memory for tensor {}", call, id);
     if (!is_sound_memory(id, *tensor, found->second)) return CUDNN_STATUS_BAD_PARAM;
+    if (is_on_device(found->second)) uses.push_back({found->second, bytes_of(*tensor), Access::unknown});
   }
   const auto* workspace = element<const void*>(*pack, CUDNN_ATTR_VARIANT_PACK_WORKSPACE, nullptr);
   const auto bytes = element<std::int64_t>(*p, CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 0);
   const bool fits = is_device_range(workspace, static_cast<std::size_t>(bytes), "cudnnBackendExecute: workspace");
-  return fits ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_BAD_PARAM;
+  if (!fits) return CUDNN_STATUS_BAD_PARAM;
+  return queue(call, handle->stream, uses, Work::kernel) ? CUDNN_STATUS_SUCCESS : CUDNN_STATUS_EXECUTION_FAILED;
 }

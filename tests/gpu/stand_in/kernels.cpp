@@ -5,6 +5,7 @@
 // entries with a header each. An entry of kind 2 is an ELF file; its section ".nv.info.NAME" lists attributes of kernel
 // NAME, ".nv.shared.NAME" is as large as its static shared memory and the system's, and ".nv.info" has the registers of
 // all. ptxas writes attributes as a byte of format (4: 16 bits of size, then the value), a byte of kind, and the value.
+#include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <cxxabi.h>
@@ -53,6 +54,7 @@ struct CUkern_st {
   bool is_known = false;  // its machine code was found
   std::size_t most_dynamic = 0;
   bool any_cluster = false;  // larger than 8 blocks
+  std::vector<bool> reads;   // by parameter: a pointer to what the kernel only reads
 };
 
 namespace deltapipe::stand_in {
@@ -205,14 +207,41 @@ bool is_wrong_address(std::uintptr_t word, bool in_struct) {
   return !is_page_locked(address) && (!in_struct || word % sizeof(float) == 0) && is_mapped(word);
 }
 
-bool may_use_arguments(const CUkern_st& kernel, void** arguments) {
+/// Whether each parameter of a function, as its readable name lists them, is a pointer to constants.
+std::vector<bool> pointers_to_constants(std::string_view name) {
+  std::vector<bool> all;
+  const std::size_t end = name.rfind(')');
+  if (end == std::string_view::npos) return all;
+  int depth = 0;
+  std::size_t last = end;  // of the parameter that is looked at, which reads backward
+  for (std::size_t i = end + 1; i-- > 0;) {
+    const char c = name[i];
+    if (c == ')' || c == '>' || c == '}') ++depth;
+    if (c == '(' || c == '<' || c == '{') --depth;
+    if ((depth == 1 && c == ',') || depth == 0) {
+      all.push_back(name.substr(i + 1, last - i - 1).ends_with("const*"));
+      last = i;
+    }
+    if (depth == 0) break;
+  }
+  std::reverse(all.begin(), all.end());
+  return all;
+}
+
+/// False, said, where an argument is wrong. Every address among the arguments that is on a device is a use of its first
+/// byte.
+bool may_use_arguments(const CUkern_st& kernel, void** arguments, std::vector<Use>& uses) {
   constexpr std::size_t step = sizeof(std::uintptr_t);
   for (const auto& [position, parameter] : kernel.properties.parameters) {
     const auto* value = static_cast<const std::byte*>(arguments[position]);
     for (std::size_t i = 0; i + step <= parameter.bytes; i += step) {
       const auto word = read<std::uintptr_t>(value + i);
-      if (!is_wrong_address(word, parameter.bytes > step)) continue;
       const auto* address = reinterpret_cast<const void*>(word);
+      if (!is_wrong_address(word, parameter.bytes > step)) {
+        const bool only_reads = position < kernel.reads.size() && kernel.reads[position];
+        if (is_on_device(address)) uses.push_back({address, 1, only_reads ? Access::read : Access::unknown});
+        continue;
+      }
       say_refusal(fmt::format("launch of {}: parameter {}, byte {}, is {:p}: {}", kernel.name, position, i, address,
                               describe(address)));
       return false;
@@ -257,7 +286,9 @@ cudaError_t launch(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
     return finish(refuse(cudaErrorInvalidClusterSize, "{}: clusters of [{}, {}, {}] in a grid of [{}, {}, {}]", call,
                          cluster[0], cluster[1], cluster[2], grid.x, grid.y, grid.z));
   }
-  return may_use_arguments(*kernel, arguments) ? cudaSuccess : finish(cudaErrorIllegalAddress);
+  std::vector<Use> uses;
+  if (!may_use_arguments(*kernel, arguments, uses)) return finish(cudaErrorIllegalAddress);
+  return queue(kernel->name.c_str(), stream, uses, Work::kernel) ? cudaSuccess : finish(cudaErrorLaunchFailure);
 }
 
 struct Configuration {
@@ -324,7 +355,8 @@ STAND_IN void __cudaRegisterFunction(void** handle, const char* function, char*,
                                      dim3*, dim3*, int*) {
   const std::lock_guard lock(mutex());
   const auto* module = reinterpret_cast<const Module*>(handle);
-  auto* kernel = new CUkern_st{.name = readable(name), .properties = {}};
+  auto* kernel = new CUkern_st{.name = readable(name), .properties = {}, .reads = {}};
+  kernel->reads = pointers_to_constants(kernel->name);
   const auto found = module->kernels.find(std::string_view(name));
   if (found != module->kernels.end()) {
     kernel->properties = found->second;

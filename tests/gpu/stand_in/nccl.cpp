@@ -1,5 +1,6 @@
 // NCCL without other ranks: communicators that are connected at once, groups, and checks of what messages read and
 // write. What a rank would receive from itself it gets; what others would send leaves memory as it is.
+#include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <nccl.h>
@@ -79,6 +80,10 @@ bool is_peer(const char* call, const ncclComm* comm, int peer) {
   return false;
 }
 
+ncclResult_t give(const char* call, cudaStream_t stream, std::initializer_list<Use> uses) {
+  return queue(call, stream, {uses.begin(), uses.size()}, Work::transfer) ? ncclSuccess : ncclUnhandledCudaError;
+}
+
 void move(void* to, const void* from, std::size_t bytes) {
   if (bytes > 0 && to != from) std::memmove(behind(to), behind(from), bytes);
 }
@@ -93,6 +98,7 @@ STAND_IN const char* ncclGetErrorString(ncclResult_t result) {
     case ncclSuccess: return "no error";
     case ncclInProgress: return "in progress";
     case ncclInvalidArgument: return with_refusal("invalid argument");
+    case ncclUnhandledCudaError: return with_refusal("unhandled cuda error");
     default: return with_refusal("invalid usage");
   }
 }
@@ -172,14 +178,14 @@ STAND_IN ncclResult_t ncclSend(const void* memory, std::size_t count, ncclDataTy
   constexpr const char* call = "ncclSend";
   const bool is_sound = may_run(call, comm, type, stream) && is_peer(call, comm, peer) &&
                         is_memory(call, "memory", comm, memory, count * size_of(type));
-  return is_sound ? ncclSuccess : ncclInvalidArgument;
+  return is_sound ? give(call, stream, {{memory, count * size_of(type), Access::read}}) : ncclInvalidArgument;
 }
 STAND_IN ncclResult_t ncclRecv(void* memory, std::size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
                                cudaStream_t stream) {
   constexpr const char* call = "ncclRecv";
   const bool is_sound = may_run(call, comm, type, stream) && is_peer(call, comm, peer) &&
                         is_memory(call, "memory", comm, memory, count * size_of(type));
-  return is_sound ? ncclSuccess : ncclInvalidArgument;
+  return is_sound ? give(call, stream, {{memory, count * size_of(type), Access::write}}) : ncclInvalidArgument;
 }
 STAND_IN ncclResult_t ncclAllReduce(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclRedOp_t,
                                     ncclComm_t comm, cudaStream_t stream) {
@@ -189,6 +195,8 @@ STAND_IN ncclResult_t ncclAllReduce(const void* from, void* to, std::size_t coun
       !is_memory(call, "target", comm, to, bytes)) {
     return ncclInvalidArgument;
   }
+  const ncclResult_t given = give(call, stream, {{from, bytes, Access::read}, {to, bytes, Access::write}});
+  if (given != ncclSuccess) return given;
   move(to, from, bytes);
   return ncclSuccess;
 }
@@ -199,10 +207,11 @@ STAND_IN ncclResult_t ncclBroadcast(const void* from, void* to, std::size_t coun
   if (!may_run(call, comm, type, stream) || !is_peer(call, comm, root) || !is_memory(call, "target", comm, to, bytes)) {
     return ncclInvalidArgument;
   }
-  if (comm->rank != root) return ncclSuccess;
+  if (comm->rank != root) return give(call, stream, {{to, bytes, Access::write}});
   if (!is_memory(call, "source", comm, from, bytes)) return ncclInvalidArgument;
-  move(to, from, bytes);
-  return ncclSuccess;
+  const ncclResult_t given = give(call, stream, {{from, bytes, Access::read}, {to, bytes, Access::write}});
+  if (given == ncclSuccess) move(to, from, bytes);
+  return given;
 }
 STAND_IN ncclResult_t ncclAllGather(const void* from, void* to, std::size_t count, ncclDataType_t type, ncclComm_t comm,
                                     cudaStream_t stream) {
@@ -212,6 +221,9 @@ STAND_IN ncclResult_t ncclAllGather(const void* from, void* to, std::size_t coun
       !is_memory(call, "target", comm, to, bytes * static_cast<std::size_t>(comm->ranks))) {
     return ncclInvalidArgument;
   }
+  const ncclResult_t given = give(
+      call, stream, {{from, bytes, Access::read}, {to, bytes * static_cast<std::size_t>(comm->ranks), Access::write}});
+  if (given != ncclSuccess) return given;
   move(static_cast<std::byte*>(to) + bytes * static_cast<std::size_t>(comm->rank), from, bytes);
   return ncclSuccess;
 }
@@ -224,6 +236,9 @@ STAND_IN ncclResult_t ncclReduceScatter(const void* from, void* to, std::size_t 
       !is_memory(call, "target", comm, to, bytes)) {
     return ncclInvalidArgument;
   }
+  const ncclResult_t given = give(
+      call, stream, {{from, bytes * static_cast<std::size_t>(comm->ranks), Access::read}, {to, bytes, Access::write}});
+  if (given != ncclSuccess) return given;
   move(to, static_cast<const std::byte*>(from) + bytes * static_cast<std::size_t>(comm->rank), bytes);
   return ncclSuccess;
 }

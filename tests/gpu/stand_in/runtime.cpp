@@ -1,5 +1,6 @@
 // The CUDA runtime without its kernels: devices, memory, copies, streams, events, errors. Work is done when its call
 // returns.
+#include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
 #include <dlfcn.h>
@@ -13,6 +14,7 @@
 
 struct CUstream_st {
   int device;
+  bool is_blocking;
 };
 
 struct CUevent_st {
@@ -20,6 +22,7 @@ struct CUevent_st {
   bool times;
   bool recorded = false;
   std::chrono::steady_clock::time_point at;
+  deltapipe::stand_in::Clock clock;  // what it comes after
 };
 
 namespace deltapipe::stand_in {
@@ -89,13 +92,19 @@ bool may_copy(const char* call, const void* to, std::size_t to_bytes, const void
          (from_device ? is_device_range(from, from_bytes, source) : is_host_range(from, from_bytes, source));
 }
 
+/// Of what comes too early on the host or on another stream.
+constexpr cudaError_t out_of_order = cudaErrorLaunchFailure;
+
+cudaError_t ordered(bool well) { return well ? cudaSuccess : finish(out_of_order); }
+
 cudaError_t copy(const char* call, void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                  cudaStream_t stream) {
   if (!is_stream(stream, call)) return finish(cudaErrorInvalidResourceHandle);
   if (bytes == 0) return cudaSuccess;
   if (!may_copy(call, to, bytes, from, bytes, kind)) return finish(cudaErrorInvalidValue);
-  if (is_made(to, from, bytes)) std::memmove(behind(to), behind(from), bytes);
-  return cudaSuccess;
+  if (is_made(to, from, bytes)) return ordered(queue_copy(call, stream, to, from, bytes));
+  const Use uses[] = {{from, bytes, Access::read}, {to, bytes, Access::write}};
+  return ordered(queue(call, stream, uses, Work::transfer));
 }
 
 cudaError_t copy_rows(const char* call, void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
@@ -110,6 +119,9 @@ cudaError_t copy_rows(const char* call, void* to, std::size_t to_pitch, const vo
   if (!may_copy(call, to, (rows - 1) * to_pitch + width, from, (rows - 1) * from_pitch + width, kind)) {
     return finish(cudaErrorInvalidValue);
   }
+  const Use uses[] = {{from, (rows - 1) * from_pitch + width, Access::read},
+                      {to, (rows - 1) * to_pitch + width, Access::write}};
+  if (!queue(call, stream, uses, Work::transfer)) return finish(out_of_order);
   if (!is_made(to, from, width * rows)) return cudaSuccess;
   for (std::size_t i = 0; i < rows; ++i) {
     std::memmove(behind(to) + i * to_pitch, behind(from) + i * from_pitch, width);
@@ -120,21 +132,23 @@ cudaError_t copy_rows(const char* call, void* to, std::size_t to_pitch, const vo
 cudaError_t set(const char* call, void* memory, int value, std::size_t bytes, cudaStream_t stream) {
   if (!is_stream(stream, call)) return finish(cudaErrorInvalidResourceHandle);
   if (!is_device_range(memory, bytes, call)) return finish(cudaErrorInvalidValue);
+  const Use uses[] = {{memory, bytes, Access::write}};
+  if (!queue(call, stream, uses, Work::transfer)) return finish(out_of_order);
   if (bytes > 0) fill(memory, value, bytes);
   return cudaSuccess;
 }
 
-cudaError_t make_stream(const char* call, cudaStream_t* out) {
+cudaError_t make_stream(const char* call, cudaStream_t* out, unsigned flags) {
   if (!is_device(device_of_thread, call)) return finish(cudaErrorNoDevice);
   const std::lock_guard lock(mutex());
-  *out = *streams().insert(new CUstream_st{device_of_thread}).first;
+  *out = *streams().insert(new CUstream_st{device_of_thread, (flags & cudaStreamNonBlocking) == 0}).first;
   return cudaSuccess;
 }
 
 cudaError_t make_event(const char* call, cudaEvent_t* out, bool times) {
   if (!is_device(device_of_thread, call)) return finish(cudaErrorNoDevice);
   const std::lock_guard lock(mutex());
-  *out = *events().insert(new CUevent_st{device_of_thread, times, false, {}}).first;
+  *out = *events().insert(new CUevent_st{device_of_thread, times, false, {}, {}}).first;
   return cudaSuccess;
 }
 
@@ -209,6 +223,9 @@ bool is_stream_of_current_device(cudaStream_t stream, const char* call) {
   return false;
 }
 
+bool is_blocking(cudaStream_t stream) { return stream == nullptr || (!is_own(stream) && stream->is_blocking); }
+int device_of_stream(cudaStream_t stream) { return is_own(stream) ? device_of_thread : stream->device; }
+
 bool is_page_locked(const void* address) {
   const std::lock_guard lock(mutex());
   const auto at = reinterpret_cast<std::uintptr_t>(address);
@@ -244,7 +261,7 @@ STAND_IN cudaError_t cudaSetDevice(int device) {
   device_of_thread = device;
   return cudaSuccess;
 }
-STAND_IN cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+STAND_IN cudaError_t cudaDeviceSynchronize() { return ordered(host_waits_for_all()); }
 STAND_IN cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   if (least != nullptr) *least = 0;
   if (greatest != nullptr) *greatest = -5;
@@ -313,7 +330,9 @@ STAND_IN cudaError_t cudaMalloc(void** out, std::size_t bytes) {
   return *out != nullptr ? cudaSuccess : finish(cudaErrorMemoryAllocation);
 }
 STAND_IN cudaError_t cudaFree(void* memory) {
-  if (memory == nullptr || release(memory)) return cudaSuccess;
+  if (memory == nullptr) return cudaSuccess;
+  const bool well = host_waits_for_all();
+  if (release(memory)) return ordered(well);
   return finish(refuse(cudaErrorInvalidValue, "cudaFree: nothing is allocated at {:p}: {}", memory, describe(memory)));
 }
 STAND_IN cudaError_t cudaMemGetInfo(std::size_t* available, std::size_t* total) {
@@ -338,6 +357,7 @@ STAND_IN cudaError_t cudaFreeHost(void* memory) {
   if (found == locked().end() || !found->second.is_ours) {
     return finish(refuse(cudaErrorInvalidValue, "cudaFreeHost: cudaHostAlloc did not give {:p}", memory));
   }
+  settle_host_memory(memory, found->second.bytes);
   munmap(memory, found->second.bytes);
   locked().erase(found);
   return cudaSuccess;
@@ -365,6 +385,7 @@ STAND_IN cudaError_t cudaHostUnregister(void* memory) {
   if (found == locked().end() || found->second.is_ours) {
     return finish(refuse(cudaErrorHostMemoryNotRegistered, "cudaHostUnregister: {:p} was not registered", memory));
   }
+  settle_host_memory(memory, found->second.bytes);
   locked().erase(found);
   return cudaSuccess;
 }
@@ -390,7 +411,8 @@ STAND_IN cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const 
 }
 
 STAND_IN cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-  return copy("cudaMemcpy", to, from, bytes, kind, nullptr);
+  const cudaError_t status = copy("cudaMemcpy", to, from, bytes, kind, nullptr);
+  return status != cudaSuccess ? status : ordered(host_waits_for(clock_of(nullptr)));
 }
 STAND_IN cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                                      cudaStream_t stream) {
@@ -398,7 +420,8 @@ STAND_IN cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t byt
 }
 STAND_IN cudaError_t cudaMemcpy2D(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
                                   std::size_t width, std::size_t rows, cudaMemcpyKind kind) {
-  return copy_rows("cudaMemcpy2D", to, to_pitch, from, from_pitch, width, rows, kind, nullptr);
+  const cudaError_t status = copy_rows("cudaMemcpy2D", to, to_pitch, from, from_pitch, width, rows, kind, nullptr);
+  return status != cudaSuccess ? status : ordered(host_waits_for(clock_of(nullptr)));
 }
 STAND_IN cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch,
                                        std::size_t width, std::size_t rows, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -413,12 +436,14 @@ STAND_IN cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes,
 
 // Streams.
 
-STAND_IN cudaError_t cudaStreamCreate(cudaStream_t* out) { return make_stream("cudaStreamCreate", out); }
-STAND_IN cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) {
-  return make_stream("cudaStreamCreateWithFlags", out);
+STAND_IN cudaError_t cudaStreamCreate(cudaStream_t* out) {
+  return make_stream("cudaStreamCreate", out, cudaStreamDefault);
 }
-STAND_IN cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned, int) {
-  return make_stream("cudaStreamCreateWithPriority", out);
+STAND_IN cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) {
+  return make_stream("cudaStreamCreateWithFlags", out, flags);
+}
+STAND_IN cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int) {
+  return make_stream("cudaStreamCreateWithPriority", out, flags);
 }
 STAND_IN cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   const std::lock_guard lock(mutex());
@@ -427,14 +452,19 @@ STAND_IN cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 STAND_IN cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return is_stream(stream, "cudaStreamSynchronize") ? cudaSuccess : finish(cudaErrorInvalidResourceHandle);
+  if (!is_stream(stream, "cudaStreamSynchronize")) return finish(cudaErrorInvalidResourceHandle);
+  return ordered(host_waits_for(clock_of(stream)));
 }
 STAND_IN cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return is_stream(stream, "cudaStreamQuery") ? cudaSuccess : finish(cudaErrorInvalidResourceHandle);
+  if (!is_stream(stream, "cudaStreamQuery")) return finish(cudaErrorInvalidResourceHandle);
+  return ordered(host_waits_for(clock_of(stream)));
 }
 STAND_IN cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const bool fits = is_stream(stream, "cudaStreamWaitEvent") && is_event(event, "cudaStreamWaitEvent");
-  return fits ? cudaSuccess : finish(cudaErrorInvalidResourceHandle);
+  if (!fits) return finish(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex());
+  wait_for(stream, event->clock);
+  return cudaSuccess;
 }
 STAND_IN cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long*,
                                               cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**,
@@ -464,15 +494,21 @@ STAND_IN cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return finish(refuse(cudaErrorInvalidResourceHandle, "{}: an event of device {} on a stream of device {}", call,
                          event->device, device));
   }
+  const std::lock_guard lock(mutex());
+  event->clock = clock_of(stream);
   event->recorded = true;
   event->at = std::chrono::steady_clock::now();
   return cudaSuccess;
 }
 STAND_IN cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return is_event(event, "cudaEventQuery") ? cudaSuccess : finish(cudaErrorInvalidResourceHandle);
+  if (!is_event(event, "cudaEventQuery")) return finish(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex());
+  return thread_gives_work() ? ordered(host_waits_for(event->clock)) : cudaSuccess;
 }
 STAND_IN cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return is_event(event, "cudaEventSynchronize") ? cudaSuccess : finish(cudaErrorInvalidResourceHandle);
+  if (!is_event(event, "cudaEventSynchronize")) return finish(cudaErrorInvalidResourceHandle);
+  const std::lock_guard lock(mutex());
+  return ordered(host_waits_for(event->clock));
 }
 STAND_IN cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
   constexpr const char* call = "cudaEventElapsedTime";

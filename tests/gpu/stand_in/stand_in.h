@@ -84,6 +84,10 @@ bool is_stream(cudaStream_t stream, const char* call);
 /// The same, and of the current device, as launches demand.
 bool is_stream_of_current_device(cudaStream_t stream, const char* call);
 
+/// Waits for the legacy default stream, and that one for it; of a live stream.
+bool is_blocking(cudaStream_t stream);
+int device_of_stream(cudaStream_t stream);
+
 /// Sets this thread's last CUDA error, unless it is success, and returns it.
 cudaError_t finish(cudaError_t status);
 

@@ -10,6 +10,7 @@
 #include <nccl.h>
 
 #include <array>
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -154,6 +155,53 @@ TEST_F(StandIn, KernelsTakeDeviceMemory) {
                  "a stream of device 1 while device 0 is current");
 }
 
+TEST_F(StandIn, WorkOnTwoStreamsNeedsAnOrder) {
+  const Shape shape{3, 64};
+  const OnDevice x(DType::bf16, shape), w(DType::bf16, Shape{64}), y(DType::bf16, shape), rstd(DType::f32, Shape{3});
+  const OnDevice arrived(DType::bf16, shape), result(DType::bf16, Shape{3, 3});
+  const StreamOwner copying(gpu(), true);
+  Event event(gpu());
+  const auto normalize = [&] { kernels::rms_norm_forward(gpu_stream(), arrived, w, 1e-5f, y, rstd); };
+  copy(copying.get(), x, arrived);
+  expect_refusal(normalize, "on two streams");
+  expect_refusal([&] { kernels::linear_forward(gpu_stream(), arrived, x, {}, result); }, "on two streams");
+  event.record(copying.get());
+  event.make_wait(gpu_stream());
+  EXPECT_NO_THROW(normalize());
+  EXPECT_NO_THROW(copy(copying.get(), arrived, x)) << "both read";
+  expect_refusal([&] { copy(copying.get(), y, x); }, "on two streams");
+  expect_refusal([&] { copy(copying.get(), x.tensor().at(0), w); }, "on two streams");
+  synchronize(gpu_stream());
+  EXPECT_NO_THROW(copy(copying.get(), y, x)) << "the host knows that the kernel is done";
+  synchronize(copying.get());
+}
+
+TEST_F(StandIn, TheHostSeesCopiesWhenItHasWaited) {
+  constexpr std::int64_t n = 64;
+  Arena locked("batch", 4096);
+  locked.page_lock();
+  const Tensor there = locked.allocate(DType::f32, {n}, "x");
+  Owned<double> values({n});
+  values.fill(3);
+  const OnDevice x(DType::f32, values);
+  copy(gpu_stream(), x, there);
+  EXPECT_TRUE(std::isnan(there.as<float>()[5]));
+  synchronize(gpu_stream());
+  EXPECT_EQ(there.as<float>()[5], 3);
+  copy(gpu_stream(), there, x);
+  there.as<float>()[5] = 4;
+  expect_refusal([&] { synchronize(gpu_stream()); }, "changed before the host knew");
+  copy(gpu_stream(), there, x);
+  synchronize(gpu_stream());
+  EXPECT_NO_THROW(there.as<float>()[5] = 5);
+  // There and back on one stream, without a wait in between.
+  copy(gpu_stream(), there, x);
+  copy(gpu_stream(), x, there);
+  copy(gpu_stream(), there, x);
+  EXPECT_NO_THROW(synchronize(gpu_stream()));
+  EXPECT_EQ(there.as<float>()[5], 5);
+}
+
 TEST_F(StandIn, ProductsTakeDeviceMemoryWithRoom) {
   const OnDevice x(DType::bf16, Shape{5, 64}), w(DType::bf16, Shape{32, 64}), y(DType::bf16, Shape{5, 32});
   EXPECT_NO_THROW(kernels::linear_forward(gpu_stream(), x, w, {}, y));
@@ -192,15 +240,19 @@ TEST_F(StandIn, MessagesTakeDeviceMemoryWithRoom) {
   ASSERT_EQ(ncclCommInitRankConfig(&comm, 2, id, 1, &config), ncclSuccess);
   const OnDevice part(DType::f32, Shape{8}), whole(DType::f32, Shape{16});
   const Disguised on_host(DType::f32, Shape{8});
-  const auto* stream = static_cast<cudaStream_t>(gpu_stream().native());
+  auto* stream = static_cast<cudaStream_t>(gpu_stream().native());
   const auto gather = [&](const Tensor& from, const Tensor& to) {
-    return ncclAllGather(from.data, to.data, 8, ncclFloat32, comm, const_cast<cudaStream_t>(stream));
+    return ncclAllGather(from.data, to.data, 8, ncclFloat32, comm, stream);
   };
   EXPECT_EQ(gather(part, whole), ncclSuccess);
   EXPECT_EQ(gather(part, part), ncclInvalidArgument);
   EXPECT_EQ(gather(on_host, whole), ncclInvalidArgument);
-  EXPECT_EQ(ncclSend(part.tensor().data, 8, ncclFloat32, 2, comm, const_cast<cudaStream_t>(stream)),
-            ncclInvalidArgument);
+  EXPECT_EQ(ncclSend(part.tensor().data, 8, ncclFloat32, 2, comm, stream), ncclInvalidArgument);
+  const StreamOwner elsewhere(gpu());
+  auto* other = static_cast<cudaStream_t>(elsewhere.get().native());
+  EXPECT_EQ(ncclSend(part.tensor().data, 8, ncclFloat32, 0, comm, other), ncclSuccess);
+  EXPECT_EQ(ncclRecv(part.tensor().data, 8, ncclFloat32, 0, comm, stream), ncclUnhandledCudaError)
+      << "into what another stream sends";
   EXPECT_EQ(ncclCommDestroy(comm), ncclSuccess);
   EXPECT_EQ(gather(part, whole), ncclInvalidArgument);
 }
