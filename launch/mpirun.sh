@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains under Open MPI's mpirun, on this machine or on those of a hostfile, and starts a failed job again.
 #
-#   launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--] CONFIG [options of deltapipe train]
+#   launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--share-gpus] [--] CONFIG [options of deltapipe train]
 #
 #   -n RANKS         processes; default: the slots of the hostfile, one without
 #   --hostfile FILE  Open MPI's format, "HOST slots=N" a line; program and run have the same path on every host
 #   --restarts N     how often a failed job is started again; default 3
+#   --share-gpus     several ranks may use one GPU, for tests: NCCL takes each rank for a host, and they talk over sockets
 #
 # Every start goes on from the newest whole checkpoint (--resume auto). A job is started again when a rank was killed or
 # crashed, a host was lost, or ranks lost each other; not when the same error would come again (wrong usage,
@@ -20,12 +21,12 @@ set -euo pipefail
 
 say() { echo "launch: $*" >&2; }
 usage_error() {
-  say "$1; usage: launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--] CONFIG [options of train]"
+  say "$1; usage: launch/mpirun.sh [-n RANKS] [--hostfile FILE] [--restarts N] [--share-gpus] [--] CONFIG [options of train]"
   exit 2
 }
 whole_number() { [[ $2 =~ ^[0-9]{1,6}$ ]] || usage_error "$1 needs a whole number, not '$2'"; }
 
-ranks='' hostfile='' restarts=3
+ranks='' hostfile='' restarts=3 share_gpus=false
 while [ $# -gt 0 ]; do
   case "$1" in
     -n | --hostfile | --restarts)
@@ -36,6 +37,7 @@ while [ $# -gt 0 ]; do
         --restarts) whole_number --restarts "$2"; restarts=$((10#$2)) ;;
       esac
       shift ;;
+    --share-gpus) share_gpus=true ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; exit 0 ;;
     --) shift; break ;;
     -*) usage_error "unknown option '$1'" ;;
@@ -98,6 +100,11 @@ else
   [ -n "${OMPI_MCA_hwloc_base_binding_policy:-}" ] || options+=("${binding[@]}")
 fi
 [ -z "$ranks" ] || options+=(-n "$ranks")
+program=("$deltapipe")
+if $share_gpus; then
+  # shellcheck disable=SC2016  # expanded on the rank
+  program=(bash -c 'NCCL_HOSTID=rank-$OMPI_COMM_WORLD_RANK exec "$0" "$@"' "$deltapipe")
+fi
 
 # A job of its own session gets no signal from the terminal: mpirun would kill the ranks on SIGINT and SIGTERM, where it
 # hands SIGUSR1 to each of them. When this script is killed, the job is told to stop as well.
@@ -128,7 +135,7 @@ done
 
 attempt=0
 while ! $stopping; do
-  "${start[@]}" "$mpirun" "${options[@]}" "$deltapipe" train "$@" --resume auto </dev/null &
+  "${start[@]}" "$mpirun" "${options[@]}" "${program[@]}" train "$@" --resume auto </dev/null &
   job=$!
   if $stopping && ! $told; then tell USR1; fi  # the signal came while the job was being started
   while interrupted=false; do

@@ -12,11 +12,18 @@
 namespace deltapipe {
 namespace {
 
-using testing::gpu;
 using testing::gpu_stream;
-using testing::OnDevice;
 using testing::Owned;
 using testing::runtime;
+
+/// This rank's: its own where there are enough, else shared.
+Device gpu() { return {Device::Kind::cuda, runtime().local_rank() % std::max(1, cuda_device_count())}; }
+
+/// On this rank's device.
+struct OnDevice : testing::OnDevice {
+  OnDevice(DType dtype, const Shape& shape) : testing::OnDevice(dtype, shape, gpu()) {}
+  OnDevice(DType dtype, const Owned<double>& x) : testing::OnDevice(dtype, x, gpu()) {}
+};
 
 Owned<double> contribution(int rank, std::int64_t elements) {
   Owned<double> x({elements});
@@ -44,7 +51,7 @@ class Nccl : public ::testing::Test {
  protected:
   static void SetUpTestSuite() {
     if (cuda_device_count() == 0) return;
-    let_ranks_share_a_device(runtime().rank());
+    if (runtime().local_size() > cuda_device_count()) let_ranks_share_a_device(runtime().rank());
     set_device(gpu());
     communicator = runtime().on_device(runtime().world(), gpu()).release();
   }
