@@ -438,3 +438,19 @@ STAND_IN cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, 
                                                                    std::size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
+STAND_IN cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
+                                                    const cudaLaunchConfig_t* config) {
+  const cudaKernel_t kernel = find_kernel(function, "cudaOccupancyMaxActiveClusters");
+  if (kernel == nullptr) return finish(cudaErrorInvalidDeviceFunction);
+  unsigned size = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& dim = config->attrs[i].val.clusterDim;
+    size = dim.x * dim.y * dim.z;
+  }
+  constexpr int multiprocessors = 132;
+  const int threads = static_cast<int>(config->blockDim.x * config->blockDim.y * config->blockDim.z);
+  const int blocks = blocks_of_a_multiprocessor(kernel->properties, threads, config->dynamicSmemBytes);
+  *clusters = multiprocessors * blocks / static_cast<int>(size);
+  return cudaSuccess;
+}
