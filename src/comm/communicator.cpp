@@ -172,6 +172,8 @@ Pending Communicator::start_exchange(const Stream& stream, std::span<const Trans
   return traced(start_checked_exchange(stream, sends, receives, purpose, "exchange"), purpose, "wait for exchange");
 }
 
+void Communicator::connect(std::span<const Route>) {}
+
 void Communicator::all_reduce_sum(const Stream& stream, const Tensor& x, Purpose purpose, Arena& workspace) {
   const TracedCall call(*this, stream, purpose, "all_reduce_sum");
   const auto scope = workspace.scope();

@@ -103,6 +103,13 @@ struct Transfer {
   int tag = 0;  // 0 .. max_tag
 };
 
+/// One end of a way that messages of Purpose::hidden_state or hidden_gradient will take, whose ranks are not in step.
+struct Route {
+  int peer = 0;
+  int tag = 0;
+  bool sends = false;
+};
+
 class Communicator {
  public:
   static constexpr int max_tag = 16383;  // half of what every MPI allows
@@ -123,6 +130,11 @@ class Communicator {
                 Purpose purpose);
   Pending start_exchange(const Stream& stream, std::span<const Transfer> sends, std::span<const Transfer> receives,
                          Purpose purpose);
+
+  /// Makes ready what `routes` need, before messages take them and while nothing else is under way: both ends of every
+  /// route call it, at the same point of the program. A route that was not prepared is made by its first message, at
+  /// the risk that its making and messages under way elsewhere wait for each other. Nothing to do over MPI.
+  virtual void connect(std::span<const Route> routes);
 
   /// x = sum of x over the ranks, in place, float32 or float64.
   void all_reduce_sum(const Stream& stream, const Tensor& x, Purpose purpose, Arena& workspace);

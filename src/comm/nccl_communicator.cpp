@@ -72,6 +72,8 @@ class NcclCommunicator final : public Communicator {
   NcclCommunicator(std::shared_ptr<Progress> progress, Communicator& host, Device device);
   ~NcclCommunicator() override = default;
 
+  void connect(std::span<const Route> routes) override;
+
  private:
   friend class NcclOperation;
 
@@ -98,6 +100,9 @@ class NcclCommunicator final : public Communicator {
   void advance_links();
   void advance(Link& link, int peer, int tag, bool sends);
   void start_transfer(Channel& channel, NcclOperation& operation, const Event& input_ready);
+  /// Runs first messages of a channel to their end, on one byte for every rank; NCCL sets up its ways by them.
+  template <class F>
+  void run_first(Channel& channel, const std::string& waits_for, const F& call);
   NcclOperation& take();
   nccl::Description describe(const char* name, Purpose purpose, const std::string& waits_for) const;
   std::string others() const;
@@ -134,6 +139,52 @@ NcclCommunicator::NcclCommunicator(std::shared_ptr<Progress> progress, Communica
     axis_channel_->abort();
     fail<CommunicationError>("NCCL's start on axis {}: rank {} has waited {:g} s for {}", axis(), rank(), timeout_s,
                              others());
+  }
+  // Halos and scans go between any two ranks of an axis.
+  run_first(*axis_channel_, others(), [&](std::byte* scratch, ncclComm_t comm, cudaStream_t on) {
+    for (int peer = 0; peer < size(); ++peer) {
+      if (peer == rank()) continue;
+      for (const bool sends : {true, false}) {
+        const ncclResult_t result = sends ? ncclSend(scratch + rank(), 1, ncclUint8, peer, comm, on)
+                                          : ncclRecv(scratch + peer, 1, ncclUint8, peer, comm, on);
+        if (result != ncclSuccess && result != ncclInProgress) return result;
+      }
+    }
+    return ncclSuccess;
+  });
+}
+
+template <class F>
+void NcclCommunicator::run_first(Channel& channel, const std::string& waits_for, const F& call) {
+  Arena memory("first messages", static_cast<std::size_t>(size()), device_);
+  auto* scratch = static_cast<std::byte*>(memory.allocate(DType::u8, {size()}, "first messages").data);
+  const auto work = channel.run(describe("first message", Purpose::control, waits_for), Event(device_),
+                                [&](ncclComm_t comm, cudaStream_t on) { return call(scratch, comm, on); });
+  const bool ended = progress_->wait_until([&] {
+    channel.check();
+    return work->has_ended();
+  });
+  if (!ended) fail<CommunicationError>("{}", work->description().silence());
+}
+
+// A route at a time, in an order that all ranks share: setting one up may have to wait for the device, where a message
+// under way waits for the other rank.
+void NcclCommunicator::connect(std::span<const Route> routes) {
+  std::vector<Route> ordered(routes.begin(), routes.end());
+  std::sort(ordered.begin(), ordered.end(), [&](const Route& a, const Route& b) {
+    return std::tuple(a.tag, a.sends ? rank() : a.peer) < std::tuple(b.tag, b.sends ? rank() : b.peer);
+  });
+  for (const Route& r : ordered) {
+    const std::string other = fmt::format("its rank {}", r.peer);
+    Link& link = link_to(r.peer, r.tag, r.sends);
+    const bool connected = progress_->wait_until([&] {
+      advance_links();
+      return link.channel != nullptr && link.channel->is_connected();
+    });
+    if (!connected) fail<CommunicationError>("{}", describe("connect", Purpose::control, other).silence());
+    run_first(*link.channel, other, [&](std::byte* scratch, ncclComm_t comm, cudaStream_t on) {
+      return r.sends ? ncclSend(scratch, 1, ncclUint8, 1, comm, on) : ncclRecv(scratch, 1, ncclUint8, 0, comm, on);
+    });
   }
 }
 
@@ -356,6 +407,8 @@ void NcclOperation::release() noexcept {
 std::unique_ptr<Communicator> make_nccl_communicator(const std::shared_ptr<Progress>& progress, Communicator& host,
                                                      Device device) {
   if (host.size() == 1) return std::make_unique<SingleRank>(host.axis());
+  // Collectives' ways too are set up at the start, not by the first operation, beside which others are under way.
+  setenv("NCCL_RUNTIME_CONNECT", "0", 0);
   return std::make_unique<NcclCommunicator>(progress, host, device);
 }
 

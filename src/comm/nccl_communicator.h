@@ -6,9 +6,10 @@
 //
 // Links. Operations of one NCCL communicator run in the order they are started, so a receive whose sender is late would
 // hold up what comes after. Where ranks are not in step, between the stages of a pipeline (Purpose::hidden_state and
-// hidden_gradient), each peer, direction and tag therefore has a communicator of two ranks, made at its first message;
-// wait then waits on the host until the other rank has come to its own first. All other exchanges are one NCCL group
-// on the axis' communicator: the ranks start them in one order, and messages between two ranks match by tag within it.
+// hidden_gradient), each peer, direction and tag therefore has a communicator of two ranks, made by connect() or at its
+// first message; wait then waits on the host until the other rank has come to its own first. All other exchanges are
+// one NCCL group on the axis' communicator: the ranks start them in one order, and messages between two ranks match by
+// tag within it.
 //
 // Sums. float32, float64 and bfloat16 (rounded at every addition); in NCCL's order, which depends on the number of
 // ranks, the size and the machine's topology alone: the same bits on every run and on every rank.

@@ -21,6 +21,28 @@ Stages::Stages(Communicator& pipeline, std::vector<Distiller> chunks)
   require(chunks_.size() == 1 || pipeline.size() > 1, "Stages: several chunks on a single rank");
 }
 
+void Stages::connect() const {
+  if (ranks() == 1) return;
+  std::vector<Route> routes;
+  const auto add = [&](MessageKind kind, Use use) {
+    // From the last rank of the ring to the first there are messages where ranks have several chunks.
+    const bool upstream = kind == MessageKind::gradient;
+    const auto goes_around = [&](bool to_next) { return to_next ? rank() == ranks() - 1 : rank() == 0; };
+    for (const bool sends : {true, false}) {
+      if (chunks() == 1 && goes_around(sends != upstream)) continue;
+      routes.push_back({peer(kind, sends), tag_of(kind, use), sends});
+    }
+  };
+  add(MessageKind::activation, Use::training);
+  add(MessageKind::activation, Use::evaluation);
+  add(MessageKind::gradient, Use::training);
+  if (has_teacher()) {
+    add(MessageKind::teacher, Use::training);
+    add(MessageKind::teacher, Use::evaluation);
+  }
+  pipeline_->connect(routes);
+}
+
 int Stages::peer(MessageKind kind, bool sending) const {
   const bool to_next = (kind != MessageKind::gradient) == sending;
   return (rank() + (to_next ? 1 : ranks() - 1)) % ranks();

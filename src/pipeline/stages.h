@@ -16,6 +16,9 @@ class Stages {
   /// `pipeline` and the models behind `chunks` outlive this object. More than one chunk needs more than one rank.
   Stages(Communicator& pipeline, std::vector<Distiller> chunks);
 
+  /// Prepares the ways of all messages, before the first of them. All ranks of the pipeline call it.
+  void connect() const;
+
   int ranks() const { return pipeline_->size(); }
   int rank() const { return pipeline_->rank(); }
   int chunks() const { return static_cast<int>(chunks_.size()); }

@@ -84,7 +84,9 @@ Trainer::Trainer(const TrainingPlan& plan, Mesh& mesh, ArenaSet& arenas, const S
                        : arenas.staging().allocate(DType::f64, {LossSums::count + 1}, "loss sums, host")),
       sums_{totals_.rows(0, LossSums::count)},
       evaluation_(plan_.evaluation_length(), arenas.staging(), arenas.batch,
-                  SequenceLayout(plan.layout(), mesh.shape().sequence), mesh.coordinate().sequence) {}
+                  SequenceLayout(plan.layout(), mesh.shape().sequence), mesh.coordinate().sequence) {
+  if (!stream.is_dry()) stages_.connect();
+}
 
 std::vector<Trainer::StageWork> Trainer::make_works() {
   std::vector<StageWork> works;

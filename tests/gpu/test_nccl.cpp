@@ -138,6 +138,9 @@ TEST_F(Nccl, StagesNeedNotBeInStep) {
   constexpr std::int64_t n = 1 << 18;  // more than NCCL sends ahead of a receive
   const int next = (rank() + 1) % ranks(), before = (rank() + ranks() - 1) % ranks();
   const Stream stream = gpu_stream();
+  const Route routes[] = {{next, 0, true},    {next, 1, true},    {before, 2, true},
+                          {before, 0, false}, {before, 1, false}, {next, 2, false}};
+  world().connect(routes);
   for (int round = 0; round < 3; ++round) {
     const OnDevice teacher(DType::f32, contribution(rank(), n)), student(DType::f32, contribution(rank() + 20, n)),
         gradient(DType::f32, contribution(rank() + 40, n));
