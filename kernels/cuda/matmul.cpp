@@ -53,6 +53,7 @@ struct Kind {
   DType operands, result;
   bool transpose_a, transpose_b, bias, accumulate;
   std::array<std::uint32_t, 3> alignments;
+  std::array<std::int64_t, 3> pitches;
   auto operator<=>(const Kind&) const = default;
 };
 
@@ -66,7 +67,7 @@ struct Plan {
 Layout make_layout(const Tensor& t, const char* call) {
   cublasLtMatrixLayout_t layout = nullptr;
   check(cublasLtMatrixLayoutCreate(&layout, type_of(t, call), static_cast<std::uint64_t>(t.dim(1)),
-                                   static_cast<std::uint64_t>(t.dim(0)), t.dim(1)),
+                                   static_cast<std::uint64_t>(t.dim(0)), t.row_pitch()),
         call, "cublasLtMatrixLayoutCreate");
   return Layout(layout);
 }
@@ -166,11 +167,12 @@ class DeviceProducts {
                                const std::vector<cublasLtMatmulHeuristicResult_t>& candidates, void* workspace,
                                cudaStream_t stream) const {
     void* scratch = nullptr;
-    if (cudaMalloc(&scratch, m.c.bytes()) != cudaSuccess) {
+    const std::size_t bytes = static_cast<std::size_t>(m.c.dim(0) * m.c.row_pitch()) * size_of(m.c.dtype);
+    if (cudaMalloc(&scratch, bytes) != cudaSuccess) {
       cudaGetLastError();
       return candidates.front().algo;
     }
-    cuda::check(cudaMemsetAsync(scratch, 0, m.c.bytes(), stream), m.call);
+    cuda::check(cudaMemsetAsync(scratch, 0, bytes, stream), m.call);
     cudaEvent_t begin = nullptr, end = nullptr;
     cuda::check(cudaEventCreate(&begin), m.call);
     cuda::check(cudaEventCreate(&end), m.call);
@@ -228,7 +230,8 @@ void matmul(const Stream& stream, const Matmul& m) {
                                       m.transpose_b,
                                       static_cast<bool>(m.bias),
                                       m.accumulate,
-                                      {alignment_of(m.a), alignment_of(m.b), alignment_of(m.c)}});
+                                      {alignment_of(m.a), alignment_of(m.b), alignment_of(m.c)},
+                                      {m.a.row_pitch(), m.b.row_pitch(), m.c.row_pitch()}});
 }
 
 }  // namespace deltapipe::kernels::cuda

@@ -58,11 +58,13 @@ Bench::Bench(Arena& memory, const Stream& stream, Limits limits, std::string onl
       repetitions_(repetitions),
       workspace_("workspace", workspace_bytes, memory.device()) {}
 
-Tensor Bench::normal(DType dtype, const Shape& shape, double scale) {
+Tensor Bench::normal(DType dtype, const Shape& shape, double scale) { return normal_around(0, dtype, shape, scale); }
+
+Tensor Bench::normal_around(double mean, DType dtype, const Shape& shape, double scale) {
   constexpr std::size_t distinct = 1048573;  // a prime: rows do not repeat
   RandomStream random(1, "benchmark");
   std::vector<float> values(distinct);
-  for (float& x : values) x = static_cast<float>(scale * random.next_normal());
+  for (float& x : values) x = static_cast<float>(mean + scale * random.next_normal());
   const Tensor t = empty(dtype, shape);
   if (dtype == DType::bf16) {
     std::vector<BFloat16> rounded(distinct);

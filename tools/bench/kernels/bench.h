@@ -30,9 +30,11 @@ class Bench {
   /// `only`: measures operations whose name holds it. `repetitions` of every row.
   Bench(Arena& memory, const Stream& stream, Limits limits, std::string only, int repetitions);
 
-  /// Uninitialised, normal with the given scale, or integers in [0, below); freed when the enclosing scope() ends.
+  /// Uninitialised, normal with the given scale (and mean), or integers in [0, below); freed when the enclosing scope()
+  /// ends.
   Tensor empty(DType dtype, const Shape& shape) { return memory_.allocate(dtype, shape, "benchmark"); }
   Tensor normal(DType dtype, const Shape& shape, double scale = 1);
+  Tensor normal_around(double mean, DType dtype, const Shape& shape, double scale);
   Tensor integers(const Shape& shape, std::int64_t below);
   [[nodiscard]] Arena::Scope scope() { return memory_.scope(); }
 
