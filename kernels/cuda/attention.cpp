@@ -113,6 +113,7 @@ bool is_dense(const Sizes& n, const std::vector<Sequence>& documents) {
 
 AttentionKind dense_kind(const Sizes& n, bool backward) {
   return {.backward = backward,
+          .square = n.queries == n.keys,
           .queries = n.queries,
           .keys = n.keys,
           .total_queries = n.queries,
@@ -128,7 +129,11 @@ AttentionKind dense_kind(const Sizes& n, bool backward) {
 /// `base` for packed sequences, of which none has more than `most_queries` queries.
 AttentionKind packed_kind(AttentionKind base, std::span<const Sequence> sequences, std::int64_t most_queries) {
   std::int32_t longest = 0;
-  for (const Sequence& s : sequences) longest = std::max(longest, s.keys);
+  base.square = !base.deterministic;  // blocks of queries are of both kinds: one plan for all
+  for (const Sequence& s : sequences) {
+    longest = std::max(longest, s.keys);
+    base.square = base.square && s.queries == s.keys;
+  }
   base.packed = true;
   base.sequences = static_cast<std::int64_t>(std::bit_ceil(sequences.size()));
   base.keys = bucket(longest, base.total_keys);

@@ -94,7 +94,8 @@ class Builder {
   template <class Options>
   void set_common(Options& options) const {
     options.set_attn_scale(kind_.scale)
-        .set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
+        .set_diagonal_alignment(kind_.square ? fe::DiagonalAlignment_t::TOP_LEFT
+                                             : fe::DiagonalAlignment_t::BOTTOM_RIGHT)
         .set_diagonal_band_right_bound(0);
     if (kind_.packed) options.set_padding_mask(true).set_seq_len_q(query_lengths_).set_seq_len_kv(key_lengths_);
   }

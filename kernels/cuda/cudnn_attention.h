@@ -17,6 +17,9 @@ struct AttentionKind {
   bool backward = false;
   /// Of backward: dq without atomic sums, at the price of sequences * heads * queries * keys * 2 bytes of workspace.
   bool deterministic = false;
+  /// Every sequence has as many keys as queries. A causal mask is then the same from either corner, and cuDNN has faster
+  /// kernels for the one it counts from the first key.
+  bool square = false;
   bool packed = false;  // sequences of unequal lengths, at given offsets; else one, of exactly these lengths
   std::int64_t sequences = 1;
   std::int64_t queries = 0, keys = 0;              // of the longest sequence; its last query sees its last key

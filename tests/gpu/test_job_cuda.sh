@@ -78,9 +78,9 @@ T
 mesh=()
 [ "$ranks" -eq 1 ] || mesh=(--set mesh.sequence=2 --set mesh.pipeline=$((ranks / 2)))
 launcher=("$root/launch/mpirun.sh" -n "$ranks" --share-gpus job.toml "${mesh[@]}")
-launch() { "${launcher[@]}" --set "run.dir=$1" >>"$1.log" 2>&1; }
+launch() { "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1; }
 begin() {  # in the background; $job is the launcher
-  "${launcher[@]}" --set "run.dir=$1" >>"$1.log" 2>&1 &
+  "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1 &
   job=$!
 }
 steps_of() { cat "$1/metrics.jsonl" 2>/dev/null | grep -c '"stage_step"' || true; }
@@ -98,7 +98,7 @@ wanted=$(weights_of whole)
 
 begin killed
 wait_for_steps killed 25
-pkill -KILL -n -f "^$deltapipe train job.toml .*run.dir=killed" || die "no rank to kill"
+pkill -KILL -n -f "^$deltapipe train job.toml .*run.dir=$work/killed" || die "no rank to kill"
 wait $job || die "the run with a killed rank"
 grep -q 'restart 1 of' killed.log || die "the job was not started again"
 [ "$(weights_of killed)" = "$wanted" ] || die "a killed rank changes the weights"

@@ -36,7 +36,7 @@ double median_ms(const Stream& stream, int repetitions, const std::function<void
   return static_cast<double>(times[static_cast<std::size_t>(repetitions / 2)]);
 }
 
-constexpr std::size_t workspace_bytes = std::size_t{2} << 30;
+constexpr std::size_t workspace_bytes = std::size_t{4} << 30;
 
 /// Copies `bytes` of host data to `to`, again and again until it is full.
 void tile(const void* from, std::size_t bytes, const Tensor& to) {
@@ -91,8 +91,8 @@ void Bench::measure(const std::string& op, const std::string& shape, double byte
   row.ms = median_ms(stream_, repetitions_, call, prepare);
   const double compute = limits_.peak_flops > 0 ? flop / limits_.peak_flops : 0;
   row.fraction = std::max(bytes / limits_.copy_bandwidth, compute) * 1e3 / row.ms;
-  std::printf("%-26s %-26s %9.4f ms %8.1f MB %7.0f GB/s %5.1f %%\n", op.c_str(), shape.c_str(), row.ms, bytes * 1e-6,
-              bytes / row.ms * 1e-6, 100 * row.fraction);
+  std::printf("%-30s %-26s %9.4f ms %8.1f MB %7.0f GB/s %5.0f TFLOP/s %5.1f %%\n", op.c_str(), shape.c_str(), row.ms,
+              bytes * 1e-6, bytes / row.ms * 1e-6, flop / row.ms * 1e-9, 100 * row.fraction);
   std::fflush(stdout);
   rows_.push_back(row);
 }

@@ -62,5 +62,6 @@ double measure_copy_bandwidth(Arena& memory, const Stream& stream, int repetitio
 
 // The files of rows. Each measures its operations on the shapes of AFM-4.5B at `tokens` tokens.
 void measure_memory_bound(Bench& bench, std::int64_t tokens);
+void measure_compute_bound(Bench& bench, std::int64_t tokens);
 
 }  // namespace deltapipe::bench

@@ -1,5 +1,6 @@
 // Times every operation on the shapes of AFM-4.5B: a table, and JSON with --out.
 #include "kernels/cuda/common.h"
+#include "kernels/settings.h"
 #include "tools/bench/kernels/bench.h"
 #include "tools/bench/report.h"
 
@@ -19,6 +20,7 @@ int run(int argc, char** argv) {
   std::int64_t tokens = 32768;
   int repetitions = 30;
   double memory_gb = 16, peak_tflops = 735;
+  bool deterministic = false;
   CLI::App app("Times deltapipe's CUDA operations on the shapes of AFM-4.5B.");
   app.add_option("--out", out, "JSON file to write");
   app.add_option("--only", only, "only operations whose name holds this");
@@ -27,9 +29,11 @@ int run(int argc, char** argv) {
       ->check(CLI::PositiveNumber);
   app.add_option("--memory-gb", memory_gb, "device memory to use");
   app.add_option("--peak-tflops", peak_tflops, "bfloat16 rate that products are held against");
+  app.add_flag("--deterministic", deterministic, "as with run.deterministic = true");
   app.add_option("--commit", commit, "commit to name in the JSON file");
   CLI11_PARSE(app, argc, argv);
 
+  kernels::settings().deterministic = deterministic;
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   cudaStream_t native = nullptr;
@@ -41,6 +45,7 @@ int run(int argc, char** argv) {
               limits.copy_bandwidth * 1e-9);
   Bench bench(memory, stream, limits, only, repetitions);
   measure_memory_bound(bench, tokens);
+  measure_compute_bound(bench, tokens);
 
   if (out.empty()) return 0;
   nlohmann::ordered_json json = begin_report("kernels", properties.name, commit, argc, argv);
