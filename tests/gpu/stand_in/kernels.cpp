@@ -329,6 +329,18 @@ int blocks_of_a_multiprocessor(const Properties& p, int threads, std::size_t dyn
   return std::min(blocks, static_cast<int>((std::size_t{228} << 10) / shared));
 }
 
+/// Of a launch; the kernel's own where the launch names none.
+std::array<unsigned, 3> cluster_of(cudaKernel_t kernel, const cudaLaunchConfig_t& config) {
+  std::array<unsigned, 3> cluster = kernel ? kernel->properties.cluster : std::array{1u, 1u, 1u};
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& a = config.attrs[i];
+    if (a.id == cudaLaunchAttributeClusterDimension) {
+      cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
+    }
+  }
+  return cluster;
+}
+
 }  // namespace
 }  // namespace deltapipe::stand_in
 
@@ -398,15 +410,8 @@ STAND_IN cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 bloc
 }
 STAND_IN cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   const cudaKernel_t kernel = find_kernel(function, "cudaLaunchKernelExC");
-  std::array<unsigned, 3> cluster = kernel ? kernel->properties.cluster : std::array{1u, 1u, 1u};
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const cudaLaunchAttribute& a = config->attrs[i];
-    if (a.id == cudaLaunchAttributeClusterDimension) {
-      cluster = {a.val.clusterDim.x, a.val.clusterDim.y, a.val.clusterDim.z};
-    }
-  }
-  return launch(kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, cluster,
-                config->stream);
+  return launch(kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
+                cluster_of(kernel, *config), config->stream);
 }
 
 STAND_IN cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -442,15 +447,10 @@ STAND_IN cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* f
                                                     const cudaLaunchConfig_t* config) {
   const cudaKernel_t kernel = find_kernel(function, "cudaOccupancyMaxActiveClusters");
   if (kernel == nullptr) return finish(cudaErrorInvalidDeviceFunction);
-  unsigned size = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
-    const auto& dim = config->attrs[i].val.clusterDim;
-    size = dim.x * dim.y * dim.z;
-  }
-  constexpr int multiprocessors = 132;
+  const auto [x, y, z] = cluster_of(kernel, *config);
   const int threads = static_cast<int>(config->blockDim.x * config->blockDim.y * config->blockDim.z);
-  const int blocks = blocks_of_a_multiprocessor(kernel->properties, threads, config->dynamicSmemBytes);
-  *clusters = multiprocessors * blocks / static_cast<int>(size);
+  constexpr int multiprocessors = 132;
+  *clusters = blocks_of_a_multiprocessor(kernel->properties, threads, config->dynamicSmemBytes) *
+              (multiprocessors / std::max(1, static_cast<int>(x * y * z)));
   return cudaSuccess;
 }
