@@ -24,6 +24,13 @@ void poison(void* memory, std::size_t bytes, cudaStream_t stream) {
   if (wanted) check_cuda(cudaMemsetAsync(memory, 0xff, bytes, stream));
 }
 
+/// A copy of few bytes from pageable memory may still be on its way when the call returns, and the tests' streams do not
+/// wait for the default one.
+void copy_to_device(void* to, const void* from, std::size_t bytes) {
+  check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+  check_cuda(cudaDeviceSynchronize());
+}
+
 }  // namespace
 
 OnDevice::OnDevice(DType dtype, Shape shape, std::int64_t shift) {
@@ -47,11 +54,11 @@ OnDevice::OnDevice(DType dtype, const Owned<double>& values, std::int64_t shift)
       default: reinterpret_cast<double*>(raw.data())[n] = values[i]; break;
     }
   }
-  check_cuda(cudaMemcpy(tensor_.data, raw.data(), raw.size(), cudaMemcpyHostToDevice));
+  copy_to_device(tensor_.data, raw.data(), raw.size());
 }
 
 OnDevice::OnDevice(const Owned<std::int32_t>& values) : OnDevice(DType::i32, values.shape()) {
-  check_cuda(cudaMemcpy(tensor_.data, values.begin(), tensor_.bytes(), cudaMemcpyHostToDevice));
+  copy_to_device(tensor_.data, values.begin(), tensor_.bytes());
 }
 
 OnDevice::OnDevice(OnDevice&& other) noexcept
