@@ -54,7 +54,7 @@ train = "train.h5"
 validation = "validation.h5"
 [[stage]]
 name = "align"
-steps = 20
+steps = 40
 sequence_length = 192
 batch_sequences = 4
 learning_rate = 1e-3
@@ -62,7 +62,7 @@ learning_rate = 1e-3
 mixer_mse = 1.0
 [[stage]]
 name = "distill"
-steps = 60
+steps = 300
 sequence_length = 256
 batch_sequences = 4
 learning_rate = 1e-3
@@ -71,7 +71,7 @@ ce = 0.2
 kl = 0.5
 hidden_cosine = 0.3
 [checkpoint]
-every_steps = 10
+every_steps = 25
 [eval]
 tokens = 4096
 T
@@ -97,17 +97,17 @@ launch whole || die "the undisturbed run"
 wanted=$(weights_of whole)
 
 begin killed
-wait_for_steps killed 25
+wait_for_steps killed 60
 pkill -KILL -n -f "^$deltapipe train job.toml .*run.dir=$work/killed" || die "no rank to kill"
 wait $job || die "the run with a killed rank"
 grep -q 'restart 1 of' killed.log || die "the job was not started again"
 [ "$(weights_of killed)" = "$wanted" ] || die "a killed rank changes the weights"
 
 begin stopped
-wait_for_steps stopped 25
+wait_for_steps stopped 60
 kill -TERM $job
 wait $job || die "the stopped run"
-[ "$(steps_of stopped)" -lt 80 ] || die "the run was not stopped"
+[ "$(steps_of stopped)" -lt 340 ] || die "the run was not stopped"
 launch stopped || die "the resumed run"
 [ "$(weights_of stopped)" = "$wanted" ] || die "a stop changes the weights"
 
@@ -121,5 +121,5 @@ if python3 -c 'import torch, transformers' 2>/dev/null; then
 else
   echo "python3 has no transformers: the export was not loaded"
 fi
-grep -h 'distill 60/60' whole.log | tail -n 1
+grep -h 'distill 300/300' whole.log | tail -n 1
 echo "a job of $ranks rank(s): killed, stopped and undisturbed runs end with the same weights"
