@@ -87,13 +87,13 @@ Mesh::Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device)
   }
 }
 
-Mesh::Mesh(const MeshShape& shape, int rank) : shape_(shape), coordinate_(shape.coordinate_of(rank)) {
+Mesh::Mesh(const MeshShape& shape, int rank, Device device) : shape_(shape), coordinate_(shape.coordinate_of(rank)) {
   for (std::size_t i = 0; i < communicators_.size(); ++i) {
     const auto axis = static_cast<Axis>(i);
     const std::vector<int> group = shape_.group_ranks(axis, rank);
     const auto place = std::find(group.begin(), group.end(), rank) - group.begin();
-    communicators_[i] =
-        planned_communicator(static_cast<int>(place), static_cast<int>(group.size()), std::string(name_of(axis)));
+    communicators_[i] = planned_communicator(static_cast<int>(place), static_cast<int>(group.size()),
+                                             std::string(name_of(axis)), device);
   }
   world_ = communicators_.back().get();
 }

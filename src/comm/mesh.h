@@ -45,7 +45,7 @@ class Mesh {
   /// On a CUDA device communicators carry its memory, over NCCL, and host memory as before.
   Mesh(MpiRuntime& runtime, const MeshShape& shape, Device device = {});
   /// The mesh as `rank` of a resolved shape would see it, without the other ranks: for dry streams alone.
-  Mesh(const MeshShape& shape, int rank);
+  Mesh(const MeshShape& shape, int rank, Device device = {});
   /// A rank by itself.
   Mesh() : Mesh(MeshShape(), 0) {}
 

@@ -30,7 +30,9 @@ class MpiOperation;
 
 class MpiCommunicator final : public Communicator {
  public:
-  MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm comm, int rank, int size, const std::string& axis);
+  /// `plans_device`, of a planned communicator: what it stands for carries device memory, over NCCL.
+  MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm comm, int rank, int size, const std::string& axis,
+                  bool plans_device = false);
   ~MpiCommunicator() override;
 
  private:
@@ -46,6 +48,7 @@ class MpiCommunicator final : public Communicator {
   void do_barrier(const Stream& stream, Purpose purpose) override;
   std::int64_t all_reduce_scratch(std::int64_t elements, DType dtype) const override;
   std::int64_t reduce_scatter_scratch(std::int64_t part_elements, DType dtype) const override;
+  bool can_sum(DType dtype) const override { return Communicator::can_sum(dtype) || plans_device_; }
 
   /// Elements of a part that one block of a reduce-scatter holds.
   std::int64_t block_elements(std::int64_t part_elements, DType dtype) const;
@@ -60,6 +63,7 @@ class MpiCommunicator final : public Communicator {
 
   std::shared_ptr<Progress> progress_;
   MPI_Comm comm_;
+  bool plans_device_;
   std::vector<int> world_ranks_;
   int collectives_ = 0;  // started so far, modulo the tags they have: the same on every rank
   bool failed_ = false;  // an operation was abandoned: the communicators are not freed
@@ -327,8 +331,8 @@ class MpiOperation final : public PendingOperation, public Progress::Operation {
 };
 
 MpiCommunicator::MpiCommunicator(std::shared_ptr<Progress> progress, MPI_Comm comm, int rank, int size,
-                                 const std::string& axis)
-    : Communicator(rank, size, axis), progress_(std::move(progress)), comm_(comm) {
+                                 const std::string& axis, bool plans_device)
+    : Communicator(rank, size, axis), progress_(std::move(progress)), comm_(comm), plans_device_(plans_device) {
   if (comm_ == MPI_COMM_NULL) return;  // planned
   world_ranks_.resize(static_cast<std::size_t>(size));
   std::vector<int> own(world_ranks_.size());
@@ -439,10 +443,11 @@ std::int64_t MpiCommunicator::block_elements(std::int64_t part_elements, DType d
 }
 
 std::int64_t MpiCommunicator::reduce_scatter_scratch(std::int64_t part_elements, DType dtype) const {
-  return part_elements == 0 ? 0 : (size() - 1) * block_elements(part_elements, dtype);
+  return part_elements == 0 || plans_device_ ? 0 : (size() - 1) * block_elements(part_elements, dtype);
 }
 
 std::int64_t MpiCommunicator::all_reduce_scratch(std::int64_t elements, DType dtype) const {
+  if (plans_device_) return 0;
   if (is_small(elements, dtype)) return (size() - 1) * elements;
   return reduce_scatter_scratch((elements + size() - 1) / size(), dtype);
 }
@@ -471,10 +476,10 @@ std::unique_ptr<Communicator> split_world(const std::shared_ptr<Progress>& progr
   return std::make_unique<MpiCommunicator>(progress, comm, rank, size, axis);
 }
 
-std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis) {
+std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis, Device device) {
   if (size == 1) return std::make_unique<SingleRank>(axis);
   return std::make_unique<MpiCommunicator>(std::make_shared<Progress>(CommunicationSettings{}), MPI_COMM_NULL, rank,
-                                           size, axis);
+                                           size, axis, !device.is_cpu());
 }
 
 }  // namespace deltapipe

@@ -28,7 +28,7 @@ std::unique_ptr<Communicator> split_world(const std::shared_ptr<Progress>& progr
                                           const std::string& axis);
 
 /// Rank `rank` of `size` ranks that do not exist: for dry streams alone, on which it takes the same workspace as the
-/// real one; anything else throws InternalError.
-std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis);
+/// real one on `device` (over NCCL: none); anything else throws InternalError.
+std::unique_ptr<Communicator> planned_communicator(int rank, int size, const std::string& axis, Device device = {});
 
 }  // namespace deltapipe

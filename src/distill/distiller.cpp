@@ -138,7 +138,8 @@ void Distiller::finish_forward(const Context& c, const Objective& objective, dou
 }
 
 void Distiller::backward_student(const Context& c, const Objective& objective, double token_weight,
-                                 const LossSums& sums, const TeacherState* teacher, StudentState& state) const {
+                                 const LossSums& sums, const TeacherState* teacher, StudentState& state,
+                                 const GradientsComplete& complete) const {
   const double per_layer =
       objective.hidden_layers.empty() ? 0.0 : token_weight / static_cast<double>(objective.hidden_layers.size());
   const Tensor& dx = state.gradient;
@@ -156,8 +157,15 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
     } else {
       student_->block(l).backward(c, state.batch, dx, state.hidden[i], state.saved[i], dx);
     }
+    if (c.tape != nullptr) {
+      c.tape->end_layer(l);
+    } else if (complete) {
+      complete(l);
+    }
   }
-  if (student_->has_embedding()) student_->embed_backward(c, state.batch, dx);
+  if (!student_->has_embedding()) return;
+  student_->embed_backward(c, state.batch, dx);
+  if (complete) complete(embedding_layer);
 }
 
 double Distiller::alignment_scale(const Objective& objective, double token_weight) const {
@@ -178,7 +186,7 @@ void Distiller::align_layer(const Context& c, const TokenBatch& batch, std::int6
 }
 
 void Distiller::align(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
-                      const TeacherState& teacher) const {
+                      const TeacherState& teacher, const GradientsComplete& complete) const {
   const auto scope = c.workspace.scope();
   const Tensor pair = c.workspace.allocate(DType::f64, {2}, "mixer loss sums");
   kernels::fill_zero(c.stream, pair);
@@ -187,12 +195,13 @@ void Distiller::align(const Context& c, const Objective& objective, double token
     const auto i = static_cast<std::size_t>(l - range.first);
     align_layer(c, teacher.batch, l, alignment_scale(objective, token_weight), teacher.mixer_in[i],
                 teacher.mixer_out[i], pair);
+    if (complete) complete(l);
   }
   kernels::add_in_place(c.stream, pair.rows(1, 2), slice(sums, LossSums::mixer_mse, LossSums::mixer_mse + 1));
 }
 
 void Distiller::align_through(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
-                              const TokenBatch& batch, Arena& activations) const {
+                              const TokenBatch& batch, Arena& activations, const GradientsComplete& complete) const {
   require(teacher_ != nullptr, "align_through: no teacher");
   const auto scope = activations.scope();
   const Shape shape{batch.size(), student_->spec().hidden};
@@ -209,6 +218,7 @@ void Distiller::align_through(const Context& c, const Objective& objective, doub
       teacher_->block(l).forward(c, batch, x, next, saved, c.workspace, wanted);
     }
     align_layer(c, batch, l, alignment_scale(objective, token_weight), x, wanted, pair);
+    if (complete) complete(l);
     kernels::copy_cast(c.stream, next, x);
   }
   kernels::add_in_place(c.stream, pair.rows(1, 2), slice(sums, LossSums::mixer_mse, LossSums::mixer_mse + 1));

@@ -66,16 +66,18 @@ class Distiller {
   /// head() with the weights of `objective`; without a loss on logits the gradient is zero.
   void finish_forward(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
                       const TeacherState* teacher, StudentState& state) const;
-  /// From state.gradient of the range's output to that of its input; adds the losses on hidden states.
+  /// From state.gradient of the range's output to that of its input; adds the losses on hidden states. `complete` is
+  /// told of each layer, and of the embedding, when this microbatch has added all of its gradients; with a tape in the
+  /// context layers end there, and of those the tape's run() tells.
   void backward_student(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
-                        const TeacherState* teacher, StudentState& state) const;
+                        const TeacherState* teacher, StudentState& state, const GradientsComplete& complete = {}) const;
 
-  /// Mixer alignment from what forward_teacher kept.
+  /// Mixer alignment from what forward_teacher kept. `complete` as in backward_student.
   void align(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
-             const TeacherState& teacher) const;
+             const TeacherState& teacher, const GradientsComplete& complete = {}) const;
   /// Both for a whole model, layer by layer, so that one layer's tensors exist at a time.
   void align_through(const Context& c, const Objective& objective, double token_weight, const LossSums& sums,
-                     const TokenBatch& batch, Arena& activations) const;
+                     const TokenBatch& batch, Arena& activations, const GradientsComplete& complete = {}) const;
 
  private:
   void align_layer(const Context& c, const TokenBatch& batch, std::int64_t layer, double scale, const Tensor& x,

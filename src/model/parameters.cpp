@@ -6,6 +6,12 @@
 
 namespace deltapipe {
 
+std::pair<std::int64_t, std::int64_t> GradientBucket::shard(int index, int count) const {
+  require((end - begin) % count == 0, "GradientBucket: gradients were allocated for another number of shards");
+  const std::int64_t part = (end - begin) / count;
+  return {begin + index * part, begin + (index + 1) * part};
+}
+
 ParameterTable::ParameterTable(const std::vector<ParameterSpec>& specs, DType dtype, Arena& arena) : dtype_(dtype) {
   for (const ParameterSpec& spec : specs) {
     const DType stored = spec.keep_float32 ? accumulation_dtype(dtype) : dtype;
@@ -20,15 +26,22 @@ void ParameterTable::allocate_gradients(Arena& arena, const std::function<bool(c
                                         std::int64_t shards) {
   constexpr std::int64_t alignment = 64;  // elements: no two gradients share a cache line or a vector load
   const auto align = [](std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; };
-  std::int64_t total = 0;
+  std::int64_t next = 0;
   for (Parameter& p : list_) {
     if (!trained(p.spec)) continue;
-    p.gradient_offset = total;
-    total += align(p.spec.shape.numel(), alignment);
+    if (buckets_.empty() || buckets_.back().layer != p.spec.layer) {
+      next = buckets_.empty() ? 0 : buckets_.back().end;
+      buckets_.push_back({p.spec.layer, next, next});
+    }
+    GradientBucket& bucket = buckets_.back();
+    p.bucket = buckets_.size() - 1;
+    p.gradient_offset = next;
+    next += align(p.spec.shape.numel(), alignment);
+    bucket.end = bucket.begin + align(next - bucket.begin, alignment * shards);
   }
-  if (total == 0) return;
+  if (buckets_.empty()) return;
   const DType dtype = accumulation_dtype(dtype_);
-  flat_gradients_ = arena.allocate(dtype, {align(total, alignment * shards)}, "gradients");
+  flat_gradients_ = arena.allocate(dtype, {buckets_.back().end}, "gradients");
   for (Parameter& p : list_) {
     if (!trained(p.spec)) continue;
     const std::int64_t n = p.spec.shape.numel();

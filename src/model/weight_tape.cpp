@@ -21,8 +21,16 @@ void WeightTape::add(const Context& c, const Linear& layer, const Tensor& dy, co
   entries_.push_back({&layer, copy(dy, "output gradient, kept"), copy_inputs_ ? copy(x, "input, kept") : x});
 }
 
-void WeightTape::run(const Context& c) {
-  for (const Entry& e : entries_) e.layer->backward_weight(c, e.dy, e.x);
+void WeightTape::end_layer(std::int64_t layer) { entries_.push_back({nullptr, {}, {}, layer}); }
+
+void WeightTape::run(const Context& c, const GradientsComplete& complete) {
+  for (const Entry& e : entries_) {
+    if (e.linear != nullptr) {
+      e.linear->backward_weight(c, e.dy, e.x);
+    } else if (complete) {
+      complete(e.layer);
+    }
+  }
   entries_.clear();
 }
 

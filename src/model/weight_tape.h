@@ -5,6 +5,7 @@
 
 #include "core/arena.h"
 #include "core/tensor.h"
+#include "model/parameters.h"
 
 #include <vector>
 
@@ -20,13 +21,16 @@ class WeightTape {
   void begin(Arena& keep, bool copy_inputs);
   /// The linear layer lives until run().
   void add(const Context& c, const Linear& layer, const Tensor& dy, const Tensor& x);
-  /// Adds all weight gradients, in the order noted, and empties the tape.
-  void run(const Context& c);
+  /// What is noted from here on belongs to other layers than `layer` (ParameterSpec::layer).
+  void end_layer(std::int64_t layer);
+  /// Adds all weight gradients, in the order noted, and empties the tape. `complete` is told of each layer's end.
+  void run(const Context& c, const GradientsComplete& complete = {});
 
  private:
   struct Entry {
-    const Linear* layer;
+    const Linear* linear;  // null: the end of a layer
     Tensor dy, x;
+    std::int64_t layer = 0;
   };
   Arena* keep_ = nullptr;
   bool copy_inputs_ = false;

@@ -174,12 +174,14 @@ void Executor::forward(const Context& c, const Task& task, const Step& step) {
   const TeacherSlot* teacher = find_teacher(task);
   distiller.finish_forward(c, job_.objective, step.token_weight, step.sums, teacher ? &teacher->state : nullptr,
                            slot.state);
+  // Norm and head are never put off to a weight part: this is all of theirs.
+  if (const GradientsComplete& complete = completing(task)) complete(distiller.student().spec().layers());
 }
 
 void Executor::backward(const Context& c, const Task& task, const Step& step) {
   StudentSlot& slot = find_student(task);
   if (task.kind == TaskKind::backward_weight) {
-    slot.tape.run(c);
+    slot.tape.run(c, completing(task));
     slot.used = false;
     return;
   }
@@ -192,7 +194,7 @@ void Executor::backward(const Context& c, const Task& task, const Step& step) {
   TeacherSlot* teacher = find_teacher(task);
   stages_->chunk(task.chunk)
       .backward_student(context, job_.objective, step.token_weight, step.sums, teacher ? &teacher->state : nullptr,
-                        slot.state);
+                        slot.state, completing(task));
   if (sends(task)) send_buffered(c, slot.state.gradient, MessageKind::gradient);
   if (teacher != nullptr) teacher->step = -1;
   if (task.kind == TaskKind::backward) slot.used = false;
@@ -202,11 +204,11 @@ void Executor::align(const Context& c, const Task& task, const Step& step) {
   const Distiller& distiller = stages_->chunk(task.chunk);
   if (fused_alignment_) {
     distiller.align_through(c, job_.objective, step.token_weight, step.sums, microbatch(task, step),
-                            student_slots_.front().memory);
+                            student_slots_.front().memory, completing(task));
     return;
   }
   TeacherSlot* teacher = find_teacher(task);
-  distiller.align(c, job_.objective, step.token_weight, step.sums, teacher->state);
+  distiller.align(c, job_.objective, step.token_weight, step.sums, teacher->state, completing(task));
   teacher->step = -1;
 }
 

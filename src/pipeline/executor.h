@@ -53,6 +53,10 @@ class Executor {
 
   /// Called around every task, when set: for traces.
   std::function<void(const Task&, bool begins)> observer;
+  /// Told within run(), when set, of every layer of this rank's chunks, the embedding and the head among them, as soon
+  /// as the step's last microbatch has added to its gradients: nothing writes them any more, while the backward of
+  /// other layers is still to come. Tied embeddings on two stages are complete on each for itself.
+  GradientsComplete gradients_complete;
 
  private:
   struct TeacherSlot {
@@ -82,6 +86,12 @@ class Executor {
   void backward(const Context& c, const Task& task, const Step& step);
   void align(const Context& c, const Task& task, const Step& step);
   TokenBatch microbatch(const Task& task, const Step& step) const;
+  /// Whom the task tells of complete gradients: tasks of one kind and chunk run in the order of the microbatches, so
+  /// those of the last one complete them.
+  const GradientsComplete& completing(const Task& task) const {
+    static const GradientsComplete nobody;
+    return task.microbatch == schedule_.microbatches - 1 ? gradients_complete : nobody;
+  }
   bool sends(const Task& task) const { return outgoing(schedule_, stages_->rank(), task).has_value(); }
   bool receives(const Task& task) const { return incoming(schedule_, stages_->rank(), task).has_value(); }
   /// Copies x into the buffer whose turn it is and sends it from there.

@@ -26,9 +26,10 @@ ModelSpec read_spec(const fs::path& folder) {
 }
 
 RankMemory measure_rank(const TrainingPlan& plan, int rank) {
-  Mesh mesh(plan.mesh, rank);
   const bool cuda = plan.config.run.device == DeviceChoice::cuda;
-  const ArenaSet measured = Trainer::measure(plan, mesh, {cuda ? Device::Kind::cuda : Device::Kind::cpu, 0});
+  const Device device{cuda ? Device::Kind::cuda : Device::Kind::cpu, 0};
+  Mesh mesh(plan.mesh, rank, device);
+  const ArenaSet measured = Trainer::measure(plan, mesh, device);
   RankMemory memory{rank, mesh.coordinate(), {}, measured.host.peak()};
   for (const Arena* a : measured.all()) {
     if (a != &measured.host) memory.arenas.emplace_back(a->name(), a->peak());

@@ -19,8 +19,6 @@ Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, 
   const Shard& shard = settings.shard;
   const bool lean = config.state == StateDType::bfloat16;
   bool any_on_host = false;
-  const std::int64_t shard_size = parameters.flat_gradients() ? parameters.flat_gradients().numel() / shard.count : 0;
-  const std::int64_t shard_begin = shard_size * shard.index;
   std::vector<std::regex> patterns;
   for (const auto& g : config.groups) patterns.emplace_back(g.pattern);
   for (Parameter& p : parameters_.all()) {
@@ -28,8 +26,9 @@ Optimizer::Optimizer(const OptimizerConfig& config, ParameterTable& parameters, 
     const DType dtype = p.gradient_memory.dtype;
     State s;
     s.parameter = &p;
+    const auto [shard_begin, shard_end] = parameters.buckets()[p.bucket].shard(shard.index, shard.count);
     s.begin = std::max<std::int64_t>(shard_begin - p.gradient_offset, 0);
-    s.end = std::min(shard_begin + shard_size - p.gradient_offset, p.gradient_memory.numel());
+    s.end = std::min(shard_end - p.gradient_offset, p.gradient_memory.numel());
     if (s.begin >= s.end) continue;
     const Shape shape{s.end - s.begin};
     // The few weights that are float32 themselves (A_log, dt_bias) have no other master and stay on the device.

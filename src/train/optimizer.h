@@ -20,7 +20,8 @@ namespace deltapipe {
 
 class Optimizer {
  public:
-  /// Part `index` of `count` of the flat gradients: the optimizer's shard (ZeRO-1).
+  /// Part `index` of `count` of every bucket of gradients: the optimizer's shard (ZeRO-1). Of every parameter it is one
+  /// contiguous slice, or nothing.
   struct Shard {
     int index = 0;
     int count = 1;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 namespace deltapipe {
 namespace {
@@ -76,6 +77,7 @@ Trainer::Trainer(const TrainingPlan& plan, Mesh& mesh, ArenaSet& arenas, const S
                  {{mesh[Axis::data_sequence].rank(), mesh[Axis::data_sequence].size()},
                   static_cast<std::uint64_t>(plan.config.run.seed),
                   plan.config.memory.optimizer == OptimizerPlace::host ? &arenas.host : nullptr}),
+      exchange_(models_.student_parameters(), mesh[Axis::data_sequence], arenas.communication),
       stages_(make_stages(plan, mesh, models_)),
       works_(make_works()),
       totals_(arenas.batch.allocate(DType::f64, {LossSums::count + 1}, "loss sums")),
@@ -118,6 +120,13 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
     pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
                                 arenas_.communication);
     trace_tasks(executor);
+    if (exchange_.has_peers()) {
+      executor.gradients_complete = [this](std::int64_t layer) {
+        // A part alone cannot be summed: sum_gradients() adds the other one first.
+        const bool waits = layer == embedding_layer && embedding_is_apart();
+        if (!waits) exchange_.start_sum(context_.stream, layer);
+      };
+    }
     batch.see();
     staging.see();
     works.push_back({std::move(batches), std::move(executor), {-1, -1}});
@@ -138,6 +147,7 @@ void Trainer::mark_trainable(std::size_t stage) {
     p.trainable = p.gradient_memory && reaches(plan_.objectives[stage], p.spec, plan_.student) &&
                   !matches_any(frozen, p.spec.name);
   }
+  exchange_.select();
 }
 
 void Trainer::begin_stage(std::size_t stage) {
@@ -162,13 +172,13 @@ HostBatch& Trainer::load(const SequenceLoader* loader, std::int64_t stage_step) 
   return batch;
 }
 
-/// Every rank's part of the gradients -> the whole batch's, each rank its shard.
+/// Every rank's part of the gradients -> the whole batch's, each rank its shard. Most sums have been started by then.
 void Trainer::sum_gradients() {
   const Stream& stream = context_.stream;
   ParameterTable& parameters = models_.student_parameters();
   Communicator& along = mesh_[Axis::pipeline];
   const int last = along.size() - 1;
-  if (plan_.student.tied_embeddings && last > 0 && (along.rank() == 0 || along.rank() == last)) {
+  if (embedding_is_apart() && (along.rank() == 0 || along.rank() == last)) {
     // Embedding and head each add their part; both ranks then hold the same sum and make the same update.
     if (const Tensor own = parameters.at(embedding_name).gradient()) {
       const auto scope = context_.workspace.scope();
@@ -180,29 +190,26 @@ void Trainer::sum_gradients() {
       kernels::add_in_place(stream, theirs, own);
     }
   }
-  const Tensor& whole = parameters.flat_gradients();
-  if (!whole) return;
-  Communicator& peers = mesh_[Axis::data_sequence];
-  const std::int64_t part = whole.numel() / peers.size();
-  peers.reduce_scatter_sum(stream, whole, whole.rows(peers.rank() * part, (peers.rank() + 1) * part),
-                           Purpose::gradients, context_.workspace);
+  exchange_.finish_sums(stream);
 }
 
 void Trainer::gather_weights(bool all_stages) {
-  Communicator& peers = mesh_[Axis::data_sequence];
-  ParameterTable& parameters = models_.student_parameters();
-  const Tensor& whole = parameters.flat_gradients();  // what it held has been used
-  if (peers.size() == 1 || !whole) return;
   const Stream& stream = context_.stream;
-  const auto taken = [&](const Parameter& p) { return p.gradient_memory && (all_stages || p.trainable); };
-  for (const Optimizer::State& s : optimizer_.state()) {
-    if (taken(*s.parameter)) kernels::copy_cast(stream, s.value(), s.gradient());
-  }
-  const std::int64_t part = whole.numel() / peers.size();
-  peers.all_gather(stream, whole.rows(peers.rank() * part, (peers.rank() + 1) * part), whole, Purpose::weights);
-  for (Parameter& p : parameters.all()) {
-    if (taken(p)) kernels::copy_cast(stream, p.gradient_memory, p.value);
-  }
+  const auto taken = [&](const Parameter& p, std::size_t bucket) {
+    return p.gradient_memory && p.bucket == bucket && (all_stages || p.trainable);
+  };
+  // Through the gradients' memory: what it held has been used.
+  const auto fill = [&](std::size_t bucket) {
+    for (const Optimizer::State& s : optimizer_.state()) {
+      if (taken(*s.parameter, bucket)) kernels::copy_cast(stream, s.value(), s.gradient());
+    }
+  };
+  const auto take = [&](std::size_t bucket) {
+    for (const Parameter& p : models_.student_parameters().all()) {
+      if (taken(p, bucket)) kernels::copy_cast(stream, p.gradient_memory, p.value);
+    }
+  };
+  exchange_.gather(stream, all_stages, std::ref(fill), std::ref(take));
 }
 
 StepReport Trainer::step(const SequenceLoader* loader, std::int64_t stage_step) {

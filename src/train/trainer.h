@@ -13,6 +13,7 @@
 #include "pipeline/executor.h"
 #include "pipeline/generators.h"
 #include "pipeline/model_costs.h"
+#include "train/bucket_exchange.h"
 #include "train/optimizer.h"
 
 #include <array>
@@ -104,6 +105,8 @@ class Trainer {
   void mark_trainable(std::size_t stage);
   HostBatch& load(const SequenceLoader* loader, std::int64_t stage_step);
   void sum_gradients();
+  /// Tied embeddings on two ranks of a pipeline: each holds a part of their gradient.
+  bool embedding_is_apart() const { return plan_.student.tied_embeddings && mesh_.shape().pipeline > 1; }
 
   TrainingPlan plan_;
   Mesh& mesh_;
@@ -112,6 +115,7 @@ class Trainer {
   Context context_;
   ModelSet models_;
   Optimizer optimizer_;
+  BucketExchange exchange_;
   pipeline::Stages stages_;
   std::vector<StageWork> works_;  // one a stage
   Tensor totals_;                 // float64 [LossSums::count + 1]: the losses' sums and the gradients' squared norm

@@ -118,6 +118,37 @@ void expect_traffic(const std::vector<Span>& spans, const std::vector<json>& met
   EXPECT_EQ(traced, counted) << "step " << step;
 }
 
+/// Sums of gradients begin while the backward pass goes on, of every trained layer, embedding and head once; all have
+/// ended before the gradients' norm is taken.
+void expect_sums_behind_backward(const std::vector<Span>& spans, const TrainingPlan& plan, std::int64_t step,
+                                 std::size_t stage) {
+  const bool aligns = plan.objectives[stage].aligns_mixers();
+  for (int rank = 0; rank < plan.mesh.size(); ++rank) {
+    std::vector<Span> starts, waits;
+    double last_end = 0, norm = 0;  // of the last task that adds to gradients; the beginning of what follows the sums
+    for (const Span& s : spans) {
+      if (s.pid != rank || s.step != step) continue;
+      const bool is_forward = s.name.starts_with("teacher_forward") || s.name.starts_with("forward");
+      if (s.category == "task" && !is_forward) last_end = std::max(last_end, s.end);
+      if (s.name == "gradient norm") norm = s.begin;
+      if (s.category != "communication" || s.arguments.at("purpose") != "gradients") continue;
+      if (s.name.starts_with("start reduce_scatter_sum")) starts.push_back(s);
+      if (s.name.starts_with("wait for reduce_scatter_sum")) waits.push_back(s);
+    }
+    std::size_t buckets = 0;
+    for (const LayerRange& r : plan.ranges_of(plan.mesh.coordinate_of(rank).pipeline)) {
+      buckets += static_cast<std::size_t>(r.size());
+      if (aligns) continue;  // mixers and their norms alone
+      buckets += (r.first == 0 ? 1 : 0) + (r.last == plan.student.layers() ? 1 : 0);
+    }
+    const bool alone = plan.mesh.data * plan.mesh.sequence == 1;
+    EXPECT_EQ(starts.size(), alone ? 0 : buckets) << "step " << step << " rank " << rank;
+    EXPECT_EQ(waits.size(), starts.size()) << "step " << step << " rank " << rank;
+    for (const Span& s : starts) EXPECT_LT(s.end, last_end) << "step " << step << " rank " << rank;
+    for (const Span& s : waits) EXPECT_LE(s.end, norm + rounding_us) << "step " << step << " rank " << rank;
+  }
+}
+
 /// All ranks are in a step at one time: a step sums over the world.
 void expect_one_clock(const std::vector<Span>& spans, std::int64_t step) {
   double latest_begin = 0, earliest_end = 1e300;
@@ -149,7 +180,10 @@ TEST(Trace, ShowsWhatTheRanksDid) {
     expect_tidy_tracks(spans);
     expect_schedule(spans, plan);
     for (const std::int64_t step : {4, 5}) expect_traffic(spans, shared.metrics(), step);
-    for (std::int64_t step = 1; step <= 6; ++step) expect_one_clock(spans, step);
+    for (std::int64_t step = 1; step <= 6; ++step) {
+      expect_one_clock(spans, step);
+      expect_sums_behind_backward(spans, plan, step, step <= 2 ? 0 : 1);
+    }
     std::map<std::string, std::map<int, int>> counts;  // name -> rank -> spans
     for (const Span& s : spans) ++counts[s.name][s.pid];
     for (const auto& [name, times] : {std::pair{"step", 6},
