@@ -23,7 +23,7 @@ ArenaSet ArenaSet::reserve() const {
 
 std::size_t ArenaSet::peak_bytes() const {
   std::size_t bytes = 0;
-  for (const Arena* a : all()) bytes += a == &host ? 0 : a->peak();
+  for (const Arena* a : all()) bytes += a->peak();
   return bytes;
 }
 
@@ -32,9 +32,7 @@ std::string ArenaSet::table() const {
     return fmt::format("  {:<16} {:>12.1f} MiB\n", name, static_cast<double>(bytes) / (1 << 20));
   };
   std::string text;
-  for (const Arena* a : all()) {
-    if (a != &host) text += line(a->name(), a->peak());
-  }
+  for (const Arena* a : all()) text += line(a->name(), a->peak());
   text += line("total", peak_bytes());
   return host.peak() > 0 ? text + line("host, beside", host.peak()) : text;
 }

@@ -27,8 +27,9 @@ struct ArenaSet {
   static ArenaSet measuring(Device device);
   /// Takes memory of the peaks that this set measured.
   ArenaSet reserve() const;
+  /// Those in the device's memory.
   std::vector<const Arena*> all() const {
-    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &communication, &workspace, &host};
+    return {&student, &teacher, &gradients, &optimizer, &batch, &activations, &communication, &workspace};
   }
   /// Host memory for what the device is given a copy of: `batch` itself on the CPU.
   Arena& staging() { return batch.device().is_cpu() ? batch : host; }

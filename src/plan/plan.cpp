@@ -31,9 +31,7 @@ RankMemory measure_rank(const TrainingPlan& plan, int rank) {
   Mesh mesh(plan.mesh, rank, device);
   const ArenaSet measured = Trainer::measure(plan, mesh, device);
   RankMemory memory{rank, mesh.coordinate(), {}, measured.host.peak()};
-  for (const Arena* a : measured.all()) {
-    if (a != &measured.host) memory.arenas.emplace_back(a->name(), a->peak());
-  }
+  for (const Arena* a : measured.all()) memory.arenas.emplace_back(a->name(), a->peak());
   return memory;
 }
 
