@@ -156,10 +156,6 @@ template <int threads>
 __device__ __forceinline__ void group_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
-/// Lets the next kernel of the stream, if it was launched to run beside this one, start.
-__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-/// Waits for the end of the kernel that this one runs beside, if any: who follows in the stream counts on both.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// Registers a thread, for a group of four warps: more, or fewer, than the kernel started with.
 template <bool more, int count>
 __device__ __forceinline__ void set_registers() {

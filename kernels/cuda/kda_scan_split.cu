@@ -346,7 +346,6 @@ __global__ void __launch_bounds__(threads, 1)
   }
   copy_async_wait<0>();
   if (io.state_out != nullptr) store_state<K / 2>(state, io.state_out + state_at, K, first, lane);
-  wait_for_previous_kernel();
 }
 
 template <int K>
@@ -362,7 +361,6 @@ __global__ void __launch_bounds__(threads, 1)
   const Barriers barriers(chain);
   const Half half(warp % 2);
   const int from_channel = half.index * (K / 2);
-  start_next_kernel();
   init_barriers(s);
 
   if (warp >= 4 * chains) {
@@ -560,13 +558,13 @@ __global__ void __launch_bounds__(threads, 1)
 template <int K, Mode mode>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   return launch(forward_split_kernel<K, mode>, p.segments * p.heads * K / (slice * chains), threads,
-                sizeof(ForwardShared<K, mode == Mode::outputs>), s.beside, stream, p, s);
+                sizeof(ForwardShared<K, mode == Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
   return launch(reverse_split_kernel<K>, p.segments * p.heads * K / (slice * chains), threads, sizeof(ReverseShared<K>),
-                false, stream, p, s);
+                stream, p, s);
 }
 
 }  // namespace
