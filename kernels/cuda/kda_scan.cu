@@ -52,15 +52,15 @@ __global__ void __launch_bounds__(forward_threads, 1)
   const std::size_t row = static_cast<std::size_t>(p.heads) * K;
   const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
   const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
-  init_barriers(s);
+  init_barriers<1>(s);
 
   if (warp >= 2 * chains) {
     if (lane != 0) return;
     if (warp == 2 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                            Record<K>::bytes, chunks);
+      produce<1, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
+                                                               Record<K>::bytes, chunks);
     } else if constexpr (mode == Mode::outputs) {
-      produce<Shared::output_stages, Record<K>::output_bytes>(
+      produce<1, Shared::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
     }
     return;
@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(forward_threads, 1)
         for (int n = 0; n < 4; ++n) {
           multiply_transposed<chunk_tokens>(o, v_new[n], tile + Record<K>::aqk, 16 * n, n, lane);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
+        release<1>(&s.output_empty[at.stage], lane);
         at.next();
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -177,8 +176,7 @@ __global__ void __launch_bounds__(forward_threads, 1)
       multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
     }
     group_arrive<64>(full);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
+    release<1>(&s.state_empty[at.stage], lane);
     at.next();
   }
   copy_async_wait<0>();
@@ -203,17 +201,17 @@ __global__ void __launch_bounds__(reverse_threads, 1)
                                     (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
-  init_barriers(s);
+  init_barriers<1>(s);
 
   if (warp >= 2 * chains) {
     set_registers<false, 40>();
     if (lane != 0 || warp > 2 * chains + 1) return;
     if (warp == 2 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                            chunks);
+      produce<1, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
+                                                               chunks);
     } else {
-      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                              last_record + Record<K>::state_bytes, back, chunks);
+      produce<1, Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+                                                                 last_record + Record<K>::state_bytes, back, chunks);
     }
     return;
   }
@@ -248,8 +246,7 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         multiply_rows<chunk_tokens>(by_pair, a[n], tile + Record<K>::aqk, 16 * n, n + 1, lane);
         multiply_rows<K>(by_state, a[n], tile + Record<K>::qg, 16 * n, K / 16, lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
+      release<1>(&s.output_empty[at.stage], lane);
       at.next();
       if (c > 0) group_sync<64>(empty);
 #pragma unroll
@@ -333,8 +330,7 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         store_tiles(io.minus_y + slot * K * chunk_tokens, a, first, 8, n, lane);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
+    release<1>(&s.state_empty[at.stage], lane);
     at.next();
   }
   if (io.dstate_in != nullptr) {
@@ -347,15 +343,15 @@ __global__ void __launch_bounds__(reverse_threads, 1)
 template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   const int blocks = p.segments * p.heads * K / (slice * chains);
-  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, forward_threads,
+  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, 1, forward_threads,
                                       sizeof(ForwardShared<K, Mode::states>), stream, p, s)
-                             : launch(forward_kernel<K, Mode::outputs>, blocks, forward_threads,
+                             : launch(forward_kernel<K, Mode::outputs>, blocks, 1, forward_threads,
                                       sizeof(ForwardShared<K, Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
+  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), 1, reverse_threads,
                 sizeof(ReverseShared<K>), stream, p, s);
 }
 

@@ -12,6 +12,18 @@ namespace {
 
 constexpr int chains = 2;
 constexpr int threads = (4 * chains + 2) * 32;  // chains' warps, helpers, producers
+template <int K>
+constexpr int slices = K / (slice * chains);  // blocks of threads a head
+/// Whether the blocks of a head, as a cluster, share what they read of its records.
+constexpr bool share_records = false;
+template <int K>
+constexpr int cluster = share_records ? slices<K> : 1;
+
+/// A thread's end: not before the others of its cluster, who may still arrive at this block's barriers.
+template <int K>
+__device__ __forceinline__ void leave() {
+  if constexpr (cluster < K >> 1) cluster_sync();
+}
 
 /// What the warps of a chain hand each other: left operands of the state, of rhs or dv_new, and of v_new or Y.
 template <int K>
@@ -149,27 +161,27 @@ __global__ void __launch_bounds__(threads, 1)
   using Shared = ForwardShared<K, mode == Mode::outputs>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   constexpr int frags = K / 32;  // operands of half of a state
-  constexpr int slices = K / (slice * chains);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head = blockIdx.x / slices, chain = warp / 2 % chains;
-  const int first = (blockIdx.x % slices * chains + chain) * slice;
+  const int head = blockIdx.x / slices<K>, chain = warp / 2 % chains;
+  const int first = (blockIdx.x % slices<K> * chains + chain) * slice;
   const std::size_t row = static_cast<std::size_t>(p.heads) * K;
   const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
   const Barriers barriers(chain);
   const Half half(warp % 2);
-  init_barriers(s);
+  init_barriers<cluster<K>>(s);
 
   if (warp >= 4 * chains) {
     if (lane != 0) return;
     const std::uint8_t* records =
         static_cast<const std::uint8_t*>(io.records) + static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
     if (warp == 4 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                            Record<K>::bytes, chunks);
+      produce<cluster<K>, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
+                                                                        Record<K>::bytes, chunks);
     } else if constexpr (mode == Mode::outputs) {
-      produce<Shared::output_stages, Record<K>::output_bytes>(
+      produce<cluster<K>, Shared::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
     }
+    leave<K>();
     return;
   }
   Exchange<K>& x = s.exchange[chain];
@@ -215,8 +227,7 @@ __global__ void __launch_bounds__(threads, 1)
           }
         }
         multiply_lower(o, own, other, tile + Record<K>::aqk, half, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
+        release<cluster<K>>(&s.output_empty[at.stage], lane);
         at.next();
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -234,6 +245,7 @@ __global__ void __launch_bounds__(threads, 1)
         }
       }
     }
+    leave<K>();
     return;
   }
 
@@ -340,12 +352,12 @@ __global__ void __launch_bounds__(threads, 1)
       get(other[m], x.last, half.other[m], lane);
       update_state<K>(state, other[m], tile + Record<K>::kg, 16 * half.other[m], from_channel, lane);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
+    release<cluster<K>>(&s.state_empty[at.stage], lane);
     at.next();
   }
   copy_async_wait<0>();
   if (io.state_out != nullptr) store_state<K / 2>(state, io.state_out + state_at, K, first, lane);
+  leave<K>();
 }
 
 template <int K>
@@ -354,14 +366,14 @@ __global__ void __launch_bounds__(threads, 1)
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ReverseShared<K>;
   auto& s = *reinterpret_cast<Shared*>(memory);
-  constexpr int frags = K / 32, slices = K / (slice * chains);
+  constexpr int frags = K / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head = blockIdx.x / slices, chain = warp / 2 % chains;
-  const int first = (blockIdx.x % slices * chains + chain) * slice;
+  const int head = blockIdx.x / slices<K>, chain = warp / 2 % chains;
+  const int first = (blockIdx.x % slices<K> * chains + chain) * slice;
   const Barriers barriers(chain);
   const Half half(warp % 2);
   const int from_channel = half.index * (K / 2);
-  init_barriers(s);
+  init_barriers<cluster<K>>(s);
 
   if (warp >= 4 * chains) {
     if (lane != 0) return;
@@ -369,12 +381,13 @@ __global__ void __launch_bounds__(threads, 1)
     const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
                                       (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
     if (warp == 4 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                            chunks);
+      produce<cluster<K>, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty,
+                                                                        last_record, back, chunks);
     } else {
-      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                              last_record + Record<K>::state_bytes, back, chunks);
+      produce<cluster<K>, Shared::output_stages, Record<K>::output_bytes>(
+          s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks);
     }
+    leave<K>();
     return;
   }
   // A helper and the chain's warp of the same half pair up: full and empty, by half.
@@ -422,8 +435,7 @@ __global__ void __launch_bounds__(threads, 1)
         update_state<K>(by_state, own[m], tile + Record<K>::qg, 16 * half.own[m], from_channel, lane);
         update_state<K>(by_state, other[m], tile + Record<K>::qg, 16 * half.other[m], from_channel, lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
+      release<cluster<K>>(&s.output_empty[at.stage], lane);
       at.next();
       if (c > 0) group_sync<64>(empty);
 #pragma unroll
@@ -441,6 +453,7 @@ __global__ void __launch_bounds__(threads, 1)
       group_arrive<64>(full);
     }
     copy_async_wait<0>();
+    leave<K>();
     return;
   }
 
@@ -540,8 +553,7 @@ __global__ void __launch_bounds__(threads, 1)
       get(other[m], x.last, half.other[m], lane);
       update_state<K>(state, other[m], tile + Record<K>::nbg, 16 * half.other[m], from_channel, lane);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
+    release<cluster<K>>(&s.state_empty[at.stage], lane);
     at.next();
     if (io.minus_y != nullptr) {
 #pragma unroll
@@ -553,18 +565,19 @@ __global__ void __launch_bounds__(threads, 1)
     }
   }
   if (io.dstate_in != nullptr) store_state<K / 2>(state, io.dstate_in + state_at, K, first, lane);
+  leave<K>();
 }
 
 template <int K, Mode mode>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  return launch(forward_split_kernel<K, mode>, p.segments * p.heads * K / (slice * chains), threads,
+  return launch(forward_split_kernel<K, mode>, p.segments * p.heads * slices<K>, cluster<K>, threads,
                 sizeof(ForwardShared<K, mode == Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_split_kernel<K>, p.segments * p.heads * K / (slice * chains), threads, sizeof(ReverseShared<K>),
-                stream, p, s);
+  return launch(reverse_split_kernel<K>, p.segments * p.heads * slices<K>, cluster<K>, threads,
+                sizeof(ReverseShared<K>), stream, p, s);
 }
 
 }  // namespace
