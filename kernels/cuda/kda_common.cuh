@@ -141,34 +141,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-/// The same into every block of the cluster: the same place, completing on the same barrier of each.
-template <int blocks>
-__device__ __forceinline__ void bulk_copy_to_cluster(void* to, const void* from, int bytes, std::uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-      "%4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<std::uint16_t>((1 << blocks) - 1))
-      : "memory");
-}
-/// Arrives at the barrier in the same place of block `block` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(std::uint64_t* barrier, int block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(block)
-      : "memory");
-}
-/// Waits for all threads of the cluster that have not ended.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;" ::
-          : "memory");
-}
-/// Orders what barriers have ordered before it with bulk copies issued after it.
+/// Waits for the thread's own reads and writes of shared memory, and orders them, and what barriers have ordered before
+/// them, with bulk copies issued after it. No barrier does: one may be passed with loads in flight, and a bulk copy
+/// that it sets off can overtake them.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// Contiguous global memory into the second-level cache; size and address: multiples of 16.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {

@@ -113,7 +113,8 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
       as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
       multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
     }
-    release<1>(&s.empty[at.stage], lane);
+    fence_async();
+    release(&s.empty[at.stage], lane);
     at.next();
   }
   copy_async_wait<0>();
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(2 * K + 32, 1)
   auto& s = *reinterpret_cast<Shared<K>*>(memory);
   constexpr int warps = Shared<K>::warps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool is_m = blockIdx.x % 2 == 0;  // the longer ones first
+  const bool is_m = blockIdx.x % 2 == 0;
   const int index = blockIdx.x / 2, heads = p.segments * p.heads, head = index % heads, piece = index / heads;
   const int begin = chunks * piece / io.pieces, count = chunks * (piece + 1) / io.pieces - begin;
   if (threadIdx.x == 0) {
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(2 * K + 32, 1)
   if (warp == warps) {
     if (lane != 0) return;
     const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
-    produce<1, Shared<K>::stages, Record<K>::state_bytes>(
+    produce<Shared<K>::stages, Record<K>::state_bytes>(
         s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
         Record<K>::bytes, count);
     return;
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(256)
 
 template <int K>
 cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
-  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 1, 2 * K + 32, sizeof(Shared<K>), stream, p, s);
+  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), stream, p, s);
 }
 
 template <int K>

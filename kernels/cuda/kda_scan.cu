@@ -52,15 +52,15 @@ __global__ void __launch_bounds__(forward_threads, 1)
   const std::size_t row = static_cast<std::size_t>(p.heads) * K;
   const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
   const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
-  init_barriers<1>(s);
+  init_barriers(s);
 
   if (warp >= 2 * chains) {
     if (lane != 0) return;
     if (warp == 2 * chains) {
-      produce<1, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                               Record<K>::bytes, chunks);
+      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
+                                                            Record<K>::bytes, chunks);
     } else if constexpr (mode == Mode::outputs) {
-      produce<1, Shared::output_stages, Record<K>::output_bytes>(
+      produce<Shared::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
     }
     return;
@@ -99,8 +99,6 @@ __global__ void __launch_bounds__(forward_threads, 1)
         for (int n = 0; n < 4; ++n) {
           multiply_transposed<chunk_tokens>(o, v_new[n], tile + Record<K>::aqk, 16 * n, n, lane);
         }
-        release<1>(&s.output_empty[at.stage], lane);
-        at.next();
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const std::uint32_t x = transpose_matrix(pack(o[n][0], o[n][1])),
@@ -112,6 +110,8 @@ __global__ void __launch_bounds__(forward_threads, 1)
             to[4] = y;
           }
         }
+        release(&s.output_empty[at.stage], lane);
+        at.next();
       }
     }
     return;
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(forward_threads, 1)
     for (int n = 0; n < K / 16; ++n) {
       s.handed[pair][n][lane] = {operand[n][0], operand[n][1], operand[n][2], operand[n][3]};
     }
+    if (c > 0) release(&s.state_empty[at.previous()], lane);
     copy_async_wait<values_ahead - 1>();
     __syncwarp();
     barrier_wait(&s.state_full[at.stage], at.phase);
@@ -153,9 +154,10 @@ __global__ void __launch_bounds__(forward_threads, 1)
     float rhs[8][4];
     weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[pair][now.stage], lane);
     now.next();
+    const int again = anew(lane);
 #pragma unroll
     for (int n = 0; n < K / 16; ++n) {
-      multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, lane);
+      multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, again);
     }
     // v_new = A rhs
     float v_new[8][4];
@@ -176,7 +178,6 @@ __global__ void __launch_bounds__(forward_threads, 1)
       multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
     }
     group_arrive<64>(full);
-    release<1>(&s.state_empty[at.stage], lane);
     at.next();
   }
   copy_async_wait<0>();
@@ -201,17 +202,17 @@ __global__ void __launch_bounds__(reverse_threads, 1)
                                     (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
-  init_barriers<1>(s);
+  init_barriers(s);
 
   if (warp >= 2 * chains) {
     set_registers<false, 40>();
     if (lane != 0 || warp > 2 * chains + 1) return;
     if (warp == 2 * chains) {
-      produce<1, Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                               chunks);
+      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
+                                                            chunks);
     } else {
-      produce<1, Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                                 last_record + Record<K>::state_bytes, back, chunks);
+      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+                                                              last_record + Record<K>::state_bytes, back, chunks);
     }
     return;
   }
@@ -246,8 +247,6 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         multiply_rows<chunk_tokens>(by_pair, a[n], tile + Record<K>::aqk, 16 * n, n + 1, lane);
         multiply_rows<K>(by_state, a[n], tile + Record<K>::qg, 16 * n, K / 16, lane);
       }
-      release<1>(&s.output_empty[at.stage], lane);
-      at.next();
       if (c > 0) group_sync<64>(empty);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
@@ -258,6 +257,8 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         s.handed[pair][8 + n][lane] = {by_state[n][0], by_state[n][1], by_state[n][2], by_state[n][3]};
       }
       group_arrive<64>(full);
+      release(&s.output_empty[at.stage], lane);
+      at.next();
     }
     copy_async_wait<0>();
     return;
@@ -280,7 +281,10 @@ __global__ void __launch_bounds__(reverse_threads, 1)
     if (io.dstates != nullptr) {
 #pragma unroll
       for (int n = 0; n < K / 16; ++n) store_tiles(io.dstates + slot * K * K, operand[n], first, K / 8, n, lane);
+    } else {
+      fence_async();
     }
+    if (c > 0) release(&s.state_empty[at.previous()], lane);
     barrier_wait(&s.state_full[at.stage], at.phase);
     const std::uint8_t* record = s.state[at.stage];
     const std::uint32_t tile = shared_address(record);
@@ -330,7 +334,6 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         store_tiles(io.minus_y + slot * K * chunk_tokens, a, first, 8, n, lane);
       }
     }
-    release<1>(&s.state_empty[at.stage], lane);
     at.next();
   }
   if (io.dstate_in != nullptr) {
@@ -343,21 +346,17 @@ __global__ void __launch_bounds__(reverse_threads, 1)
 template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   const int blocks = p.segments * p.heads * K / (slice * chains);
-  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, 1, forward_threads,
+  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, forward_threads,
                                       sizeof(ForwardShared<K, Mode::states>), stream, p, s)
-                             : launch(forward_kernel<K, Mode::outputs>, blocks, 1, forward_threads,
+                             : launch(forward_kernel<K, Mode::outputs>, blocks, forward_threads,
                                       sizeof(ForwardShared<K, Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), 1, reverse_threads,
+  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
                 sizeof(ReverseShared<K>), stream, p, s);
 }
-
-/// Two runs of the split scans of backward gave different bits (README.md, version 7): until that is understood the
-/// others run.
-constexpr bool split_backward = false;
 
 /// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
 /// threads takes half as many columns.
@@ -366,12 +365,12 @@ bool few_heads(const Problem& p) { return p.segments * p.heads * p.head_dim / (2
 }  // namespace
 
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  if ((s.states == nullptr || split_backward) && few_heads(p)) return scan_forward_split(p, s, stream);
+  if (few_heads(p)) return scan_forward_split(p, s, stream);
   return p.head_dim == 128 ? forward_of<128>(p, s, stream) : forward_of<64>(p, s, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (split_backward && few_heads(p)) return scan_reverse_split(p, s, stream);
+  if (few_heads(p)) return scan_reverse_split(p, s, stream);
   return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
 }
 

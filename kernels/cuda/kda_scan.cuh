@@ -27,59 +27,43 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ int previous() const { return (stage == 0 ? stages : stage) - 1; }
 };
 
-/// blocks: of a cluster, whose rings hold the same.
-template <int blocks, class Shared>
+template <class Shared>
 __device__ __forceinline__ void init_barriers(Shared& s) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::state_stages; ++i) {
       barrier_init(&s.state_full[i], 1);
-      barrier_init(&s.state_empty[i], Shared::readers * blocks);
+      barrier_init(&s.state_empty[i], Shared::readers);
     }
     for (int i = 0; i < Shared::output_stages; ++i) {
       barrier_init(&s.output_full[i], 1);
-      barrier_init(&s.output_empty[i], Shared::readers * blocks);
+      barrier_init(&s.output_empty[i], Shared::readers);
     }
     barrier_fence_init();
   }
-  if constexpr (blocks == 1) {
-    __syncthreads();
-  } else {
-    cluster_sync();
-  }
+  __syncthreads();
 }
 
-/// One thread: copies part of every record of a head into a ring, `step` chunks at a time; of a cluster's blocks each
-/// copies its share to all.
-template <int blocks, int stages, int bytes>
+/// One thread: copies part of every record of a head into a ring, `step` chunks at a time.
+template <int stages, int bytes>
 __device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
                         const std::uint8_t* record, std::ptrdiff_t step, int chunks) {
-  constexpr int share = bytes / blocks;
-  static_assert(share % 16 == 0 && share * blocks == bytes);
-  const int from = static_cast<int>(blockIdx.x) % blocks * share;
   Ring<stages> at;
   for (int c = 0; c < chunks; ++c) {
     if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
     barrier_expect(&full[at.stage], bytes);
-    if constexpr (blocks == 1) {
-      bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
-    } else {
-      bulk_copy_to_cluster<blocks>(ring[at.stage] + from, record + c * step + from, share, &full[at.stage]);
-    }
+    bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
     at.next();
   }
 }
 
-/// A warp has read what a ring's barrier stands for.
-template <int blocks>
+/// A warp is done with a stage of a ring: after stores of what it made of all that it read there, which cannot be made
+/// before the loads have ended, or after fence_async().
 __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   __syncwarp();
-  if constexpr (blocks == 1) {
-    if (lane == 0) barrier_arrive(empty);
-  } else {
-    if (lane < blocks) barrier_arrive_at(empty, lane);
-  }
+  if (lane == 0) barrier_arrive(empty);
 }
 
 /// One warp: 16 columns of 16 of a chunk's rows of v or d_o, from row `first`, zeros beyond the segment's end.
@@ -203,24 +187,14 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-/// cluster: blocks of threads that share records.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::size_t shared, cudaStream_t stream,
-                   const Problem& p, const Io& io) {
+cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, cudaStream_t stream, const Problem& p,
+                   const Io& io) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(p, io, p.chunks());
+  return cudaGetLastError();
 }
 
 }  // namespace

@@ -315,19 +315,19 @@ Results run(const Case& c, bool keep_records = false) {
 }
 
 void expect_same_bits(const Results& a, const Results& b) {
-  EXPECT_EQ(a.o, b.o);
-  EXPECT_EQ(a.state, b.state);
-  EXPECT_EQ(a.dq, b.dq);
-  EXPECT_EQ(a.dk, b.dk);
-  EXPECT_EQ(a.dv, b.dv);
-  EXPECT_EQ(a.df, b.df);
-  EXPECT_EQ(a.db, b.db);
-  EXPECT_EQ(a.dstate, b.dstate);
-  EXPECT_EQ(a.da_log, b.da_log);
-  EXPECT_EQ(a.ddt_bias, b.ddt_bias);
-  EXPECT_EQ(a.m, b.m);
-  EXPECT_EQ(a.e, b.e);
-  EXPECT_EQ(a.back, b.back);
+  EXPECT_TRUE(a.o == b.o);
+  EXPECT_TRUE(a.state == b.state);
+  EXPECT_TRUE(a.dq == b.dq);
+  EXPECT_TRUE(a.dk == b.dk);
+  EXPECT_TRUE(a.dv == b.dv);
+  EXPECT_TRUE(a.df == b.df);
+  EXPECT_TRUE(a.db == b.db);
+  EXPECT_TRUE(a.dstate == b.dstate);
+  EXPECT_TRUE(a.da_log == b.da_log);
+  EXPECT_TRUE(a.ddt_bias == b.ddt_bias);
+  EXPECT_TRUE(a.m == b.m);
+  EXPECT_TRUE(a.e == b.e);
+  EXPECT_TRUE(a.back == b.back);
 }
 
 // What this field accepts of bf16 inputs and operands: each rounding is 2^-9 at most, 1e-3 in the mean, and a result
@@ -407,13 +407,29 @@ TEST_P(KdaCuda, KeptRecordsChangeNoBit) {
   expect_same_bits(run(c), run(c, true));
 }
 
+// What is read too early or written too late shows now and then, most where copies are fast: in small cases.
 TEST_P(KdaCuda, EveryRunGivesTheSameBits) {
-  for (int length : {1, 63, 64, 65, 500, 1000}) {
-    for (int heads : {1, 4, 20}) {
-      SCOPED_TRACE("length " + std::to_string(length) + ", " + std::to_string(heads) + " heads");
-      const Case c(random, heads == 4 ? 2 : 1, length, heads, GetParam());
-      const Results first = run(c);
-      for (int i = 1; i < 20 && !HasFailure(); ++i) expect_same_bits(first, run(c));
+  struct Size {
+    int segments, length, heads;
+  };
+  for (const Size& n :
+       {Size{1, 1, 1}, {1, 63, 4}, {1, 64, 20}, {2, 65, 4}, {2, 500, 4}, {1, 500, 20}, {1, 1000, 1}, {1, 1000, 20}}) {
+    SCOPED_TRACE(std::to_string(n.segments) + " x " + std::to_string(n.length) + ", " + std::to_string(n.heads) +
+                 " heads");
+    const Case c(random, n.segments, n.length, n.heads, GetParam());
+    const Call call(c);
+    const Device<std::uint8_t> records(call.records());
+    Results first;
+    for (int i = 0; i < 20 && !HasFailure(); ++i) {
+      Results r;
+      call.maps(r, records);
+      call.forward(r, nullptr);
+      call.backward(r, nullptr);
+      if (i == 0) {
+        first = r;
+      } else {
+        expect_same_bits(first, r);
+      }
     }
   }
 }
