@@ -24,19 +24,6 @@ struct MapScan {
   int pieces;
 };
 
-/// What a state loses as a bf16 operand, as another one.
-__device__ __forceinline__ void as_rest(std::uint32_t (&rest)[4], const std::uint32_t (&operand)[4],
-                                        const float (&left)[4], const float (&right)[4]) {
-  float x[4], y[4];
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const std::uint32_t a = operand[e >> 1], b = operand[2 + (e >> 1)];
-    x[e] = left[e] - (e & 1 ? high(a) : low(a));
-    y[e] = right[e] - (e & 1 ? high(b) : low(b));
-  }
-  as_operand(rest, x, y);
-}
-
 /// A warp's 16 columns over `chunks` chunks from chunk `begin`: of M, or of E.
 template <int K, bool is_m>
 __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, int begin, int chunks, int warp,
@@ -81,20 +68,9 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
     }
 #pragma unroll
     for (int n = 0; n < K / 16; ++n) {
-      std::uint32_t operand[4], rest[4];
-      as_operand(operand, state[2 * n], state[2 * n + 1]);
-      if constexpr (is_m) as_rest(rest, operand, state[2 * n], state[2 * n + 1]);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        std::uint32_t b[4];
-        load_matrices(b, tile + Record<K>::nbg + block_offset_right<K>(16 * m, 16 * n, lane));
-        mma(rhs[2 * m], operand, b[0], b[1]);
-        mma(rhs[2 * m + 1], operand, b[2], b[3]);
-        if constexpr (is_m) {  // maps are composed many times: nothing of M is lost
-          mma(rhs[2 * m], rest, b[0], b[1]);
-          mma(rhs[2 * m + 1], rest, b[2], b[3]);
-        }
-      }
+      std::uint32_t a[4];
+      as_operand(a, state[2 * n], state[2 * n + 1]);
+      multiply_transposed<K>(rhs, a, tile + Record<K>::nbg, 16 * n, 0, lane);
     }
     // v_new = A rhs
     float v_new[8][4];
@@ -155,7 +131,7 @@ __global__ void __launch_bounds__(2 * K + 32, 1)
   }
 }
 
-constexpr int join_columns = 32;
+constexpr int join_columns = 32, join_threads = 512;
 
 template <int K>
 struct JoinShared {
@@ -165,11 +141,11 @@ struct JoinShared {
 
 /// A block owns 32 columns of a head's [M | E] and takes them through one piece after another.
 template <int K>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(join_threads)
     join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, float* m, float* e) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
-  constexpr int parts = K / join_columns, rows = K / 8;
+  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads;
   const int column = threadIdx.x % join_columns, first = threadIdx.x / join_columns * rows;
   const int head = blockIdx.x / (2 * parts), part = blockIdx.x % (2 * parts);
   const bool is_m = part < parts;
@@ -184,7 +160,7 @@ __global__ void __launch_bounds__(256)
     const auto* from = reinterpret_cast<const float4*>(piece_m + piece * piece_size + at);
     auto* to = reinterpret_cast<float4*>(s.m);
 #pragma unroll
-    for (int i = 0; i < K * K / 1024; ++i) to[i * 256 + threadIdx.x] = from[i * 256 + threadIdx.x];
+    for (int i = threadIdx.x; i < K * K / 4; i += join_threads) to[i] = from[i];
 #pragma unroll
     for (int r = 0; r < rows; ++r) s.x[first + r][column] = x[r];
     __syncthreads();
@@ -216,7 +192,7 @@ cudaError_t join_of(const Problem& p, int pieces, const float* piece_m, const fl
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
   const int heads = p.segments * p.heads;
-  join_kernel<K><<<static_cast<unsigned>(heads * 2 * K / join_columns), 256, sizeof(JoinShared<K>), stream>>>(
+  join_kernel<K><<<static_cast<unsigned>(heads * 2 * K / join_columns), join_threads, sizeof(JoinShared<K>), stream>>>(
       heads, pieces, piece_m, piece_e, m, e);
   return cudaGetLastError();
 }
