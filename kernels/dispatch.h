@@ -19,8 +19,9 @@
 #ifdef DELTAPIPE_CUDA
 #define DELTAPIPE_CALL(stream, name, ...) (stream).device().is_cpu() ? cpu::name(__VA_ARGS__) : cuda::name(__VA_ARGS__)
 #else
-#define DELTAPIPE_CALL(stream, name, ...) \
-  (stream).device().is_cpu() ? cpu::name(__VA_ARGS__) : ::deltapipe::kernels::no_cuda(#name)
+#define DELTAPIPE_CALL(stream, name, ...)             \
+  (stream).device().is_cpu() ? cpu::name(__VA_ARGS__) \
+                             : ::deltapipe::kernels::no_cuda<decltype(cpu::name(__VA_ARGS__))>(#name)
 #endif
 
 /// For operations without workspace: a dry stream ends here.
@@ -59,7 +60,8 @@ class CallSpan {
   const char* name_;
 };
 
-[[noreturn]] inline void no_cuda(const char* name) {
+template <class T>
+[[noreturn]] T no_cuda(const char* name) {
   fail<InternalError>("{}: this binary was built without CUDA", name);
 }
 

@@ -4,6 +4,7 @@
 
 namespace deltapipe::kernels {
 
+DELTAPIPE_KERNEL(kda_records_bytes)
 DELTAPIPE_KERNEL(kda_forward)
 DELTAPIPE_KERNEL(kda_backward)
 DELTAPIPE_KERNEL(kda_segment_map)
@@ -45,6 +46,10 @@ Sizes check_inputs(const KdaInputs& in) {
   return n;
 }
 
+void check_records(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const char* what) {
+  if (records) check(records, {kda_records_bytes(stream, inputs)}, DType::u8, what);
+}
+
 void check_maps(const Tensor& m, const Tensor& e) {
   require(m.shape.rank() == 4 && m.dim(2) == m.dim(3), "kda: m is not [S, H, K, K]");
   require(m.dtype == DType::f32 || m.dtype == DType::f64, "kda: m is not in an accumulation dtype");
@@ -54,18 +59,26 @@ void check_maps(const Tensor& m, const Tensor& e) {
 
 }  // namespace
 
-void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& o,
-                 const Tensor& state_out, Arena& workspace) {
+std::int64_t kda_records_bytes(const Stream& stream, const KdaInputs& inputs) {
+  check_inputs(inputs);
+  return DELTAPIPE_CALL(stream, kda_records_bytes, stream, inputs);
+}
+
+void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                 const Tensor& o, const Tensor& state_out, Arena& workspace) {
   const Sizes n = check_inputs(inputs);
+  check_records(stream, inputs, records, "kda_forward: records");
   if (state_in) check(state_in, n.state(), n.acc, "kda_forward: state_in");
   check(o, n.tokens_v(), n.dtype, "kda_forward: o");
   if (state_out) check(state_out, n.state(), n.acc, "kda_forward: state_out");
-  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_forward, stream, inputs, state_in, o, state_out, workspace);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_forward, stream, inputs, records, state_in, o, state_out, workspace);
 }
 
-void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& d_o,
-                  const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in, Arena& workspace) {
+void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                  const Tensor& d_o, const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in,
+                  Arena& workspace) {
   const Sizes n = check_inputs(inputs);
+  check_records(stream, inputs, records, "kda_backward: records");
   if (state_in) check(state_in, n.state(), n.acc, "kda_backward: state_in");
   check(d_o, n.tokens_v(), n.dtype, "kda_backward: d_o");
   if (dstate_out) check(dstate_out, n.state(), n.acc, "kda_backward: dstate_out");
@@ -77,24 +90,26 @@ void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& s
   if (gradients.da_log) check(gradients.da_log, {n.heads}, n.acc, "kda_backward: da_log");
   if (gradients.ddt_bias) check(gradients.ddt_bias, {n.heads, n.k}, n.acc, "kda_backward: ddt_bias");
   if (dstate_in) check(dstate_in, n.state(), n.acc, "kda_backward: dstate_in");
-  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_backward, stream, inputs, state_in, d_o, dstate_out, gradients,
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_backward, stream, inputs, records, state_in, d_o, dstate_out, gradients,
                                     dstate_in, workspace);
 }
 
-void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& m, const Tensor& e,
-                     Arena& workspace) {
+void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& m,
+                     const Tensor& e, Arena& workspace) {
   const Sizes n = check_inputs(inputs);
+  check_records(stream, inputs, records, "kda_segment_map: records");
   check(m, {n.segments, n.heads, n.k, n.k}, n.acc, "kda_segment_map: m");
   check(e, n.state(), n.acc, "kda_segment_map: e");
-  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_segment_map, stream, inputs, m, e, workspace);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_segment_map, stream, inputs, records, m, e, workspace);
 }
 
-void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& d_o, const Tensor& e,
-                      Arena& workspace) {
+void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& d_o,
+                      const Tensor& e, Arena& workspace) {
   const Sizes n = check_inputs(inputs);
+  check_records(stream, inputs, records, "kda_backward_map: records");
   check(d_o, n.tokens_v(), n.dtype, "kda_backward_map: d_o");
   check(e, n.state(), n.acc, "kda_backward_map: e");
-  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_backward_map, stream, inputs, d_o, e, workspace);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, kda_backward_map, stream, inputs, records, d_o, e, workspace);
 }
 
 void kda_compose_maps(const Stream& stream, const Tensor& m1, const Tensor& e1, const Tensor& m2, const Tensor& e2,

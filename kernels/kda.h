@@ -41,21 +41,29 @@ struct KdaGradients {
   Tensor ddt_bias;            // [H, K] acc, += gradient; skipped when empty
 };
 
+/// What a call makes of its inputs before any state enters can serve the next call on the same inputs: segment maps
+/// come first, outputs or gradients follow. `records` below: empty, or u8 [kda_records_bytes] in device memory, which
+/// maps fill and kda_forward and kda_backward read in place of preparing anew; results are the same to the bit. 0 where
+/// nothing is kept (the CPU): pass an empty tensor.
+std::int64_t kda_records_bytes(const Stream& stream, const KdaInputs& inputs);
+
 /// state_in [S, H, K, V] acc, empty: zeros -> o [S, L, H, V] in the inputs' dtype, state_out [S, H, K, V] acc or empty.
-void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& o,
-                 const Tensor& state_out, Arena& workspace);
+void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                 const Tensor& o, const Tensor& state_out, Arena& workspace);
 
 /// d_o [S, L, H, V], dstate_out [S, H, K, V] acc (empty: zeros) -> gradients and dstate_in [S, H, K, V] acc or empty,
 /// overwritten. Needs nothing from forward but its inputs: what else it uses is recomputed.
-void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& d_o,
-                  const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in, Arena& workspace);
+void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                  const Tensor& d_o, const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in,
+                  Arena& workspace);
 
-/// The map of every segment: m [S, H, K, K], e [S, H, K, V], both acc, overwritten. inputs.q takes no part.
-void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& m, const Tensor& e, Arena& workspace);
+/// The map of every segment: m [S, H, K, K], e [S, H, K, V], both acc, overwritten. inputs.q matters to records alone.
+void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& m,
+                     const Tensor& e, Arena& workspace);
 
 /// e [S, H, K, V] acc, overwritten: dstate_in when dstate_out = 0. With m of kda_segment_map, dS_in = m^T dS_out + e.
-void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& d_o, const Tensor& e,
-                      Arena& workspace);
+void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& d_o,
+                      const Tensor& e, Arena& workspace);
 
 /// Map 1, then map 2: m_out = m2 m1, e_out = m2 e1 + e2. m [S, H, K, K], e [S, H, K, V], acc.
 void kda_compose_maps(const Stream& stream, const Tensor& m1, const Tensor& e1, const Tensor& m2, const Tensor& e2,

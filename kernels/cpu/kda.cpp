@@ -200,8 +200,10 @@ void reduce_parameter_gradients(const Call<T>& call, T* sums, T* da_log, T* ddt_
 
 }  // namespace
 
-void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& o,
-                 const Tensor& state_out, Arena& workspace) {
+std::int64_t kda_records_bytes(const Stream& /*stream*/, const KdaInputs& /*inputs*/) { return 0; }
+
+void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& /*records*/, const Tensor& state_in,
+                 const Tensor& o, const Tensor& state_out, Arena& workspace) {
   for_real(inputs.q.dtype, "kda_forward", [&]<class T>() {
     Call<T> call(inputs, 0, false);
     const auto scope = workspace.scope();
@@ -223,8 +225,9 @@ void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& st
   });
 }
 
-void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& d_o,
-                  const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in, Arena& workspace) {
+void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& /*records*/, const Tensor& state_in,
+                  const Tensor& d_o, const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in,
+                  Arena& workspace) {
   for_real(inputs.q.dtype, "kda_backward", [&]<class T>() {
     Call<T> call(inputs, 0, true);
     const std::int64_t heads = call.total_heads(), chunks = call.chunks(), sum_size = call.k() + 1;
@@ -276,8 +279,8 @@ void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& s
 }
 
 // The map's columns ride with the state's: starting from [0 | I], with values [v | 0], the state ends as [E | M].
-void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& m, const Tensor& e,
-                     Arena& workspace) {
+void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& /*records*/, const Tensor& m,
+                     const Tensor& e, Arena& workspace) {
   for_real(inputs.q.dtype, "kda_segment_map", [&]<class T>() {
     Call<T> call(inputs, inputs.q.dim(3), false);
     const auto scope = workspace.scope();
@@ -301,8 +304,8 @@ void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor
   });
 }
 
-void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& d_o, const Tensor& e,
-                      Arena& workspace) {
+void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& /*records*/, const Tensor& d_o,
+                      const Tensor& e, Arena& workspace) {
   for_real(inputs.q.dtype, "kda_backward_map", [&]<class T>() {
     Call<T> call(inputs, 0, false);
     const auto scope = workspace.scope();

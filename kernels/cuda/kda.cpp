@@ -8,6 +8,7 @@
 
 namespace deltapipe::kernels::cuda {
 
+decltype(kernels::kda_records_bytes) kda_records_bytes;
 decltype(kernels::kda_forward) kda_forward;
 decltype(kernels::kda_backward) kda_backward;
 decltype(kernels::kda_segment_map) kda_segment_map;
@@ -44,46 +45,60 @@ kda::Problem problem(const KdaInputs& in, const char* call) {
           .head_dim = static_cast<int>(in.q.dim(3))};
 }
 
-}  // namespace
-
-void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& o,
-                 const Tensor& state_out, Arena& workspace) {
-  const kda::Problem p = problem(inputs, "kda_forward");
-  const auto scope = workspace.scope();
-  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
-  if (stream.is_dry()) return;
-  check(kda::forward(p, floats(state_in), bits(o), floats(state_out), memory, native(stream)), "kda_forward");
+/// The caller's records, or memory for them.
+void* records_of(const Tensor& records, const kda::Problem& p, Arena& workspace) {
+  return records ? records.data : take_workspace(workspace, kda::records_bytes(p), "KDA records");
 }
 
-void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& state_in, const Tensor& d_o,
-                  const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in, Arena& workspace) {
+}  // namespace
+
+std::int64_t kda_records_bytes(const Stream& /*stream*/, const KdaInputs& inputs) {
+  return static_cast<std::int64_t>(kda::records_bytes(problem(inputs, "kda_records_bytes")));
+}
+
+void kda_forward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                 const Tensor& o, const Tensor& state_out, Arena& workspace) {
+  const kda::Problem p = problem(inputs, "kda_forward");
+  const auto scope = workspace.scope();
+  void* memory = records_of(records, p, workspace);
+  if (stream.is_dry()) return;
+  check(
+      kda::forward(p, memory, static_cast<bool>(records), floats(state_in), bits(o), floats(state_out), native(stream)),
+      "kda_forward");
+}
+
+void kda_backward(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& state_in,
+                  const Tensor& d_o, const Tensor& dstate_out, const KdaGradients& gradients, const Tensor& dstate_in,
+                  Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_backward");
   const auto scope = workspace.scope();
+  void* kept = records_of(records, p, workspace);
   void* memory = take_workspace(workspace, kda::backward_workspace(p), "KDA workspace");
   if (stream.is_dry()) return;
   const kda::Gradients out{bits(gradients.dq), bits(gradients.dk),       bits(gradients.dv),        bits(gradients.df),
                            bits(gradients.db), floats(gradients.da_log), floats(gradients.ddt_bias)};
-  check(
-      kda::backward(p, floats(state_in), bits(d_o), floats(dstate_out), out, floats(dstate_in), memory, native(stream)),
-      "kda_backward");
+  check(kda::backward(p, kept, static_cast<bool>(records), floats(state_in), bits(d_o), floats(dstate_out), out,
+                      floats(dstate_in), memory, native(stream)),
+        "kda_backward");
 }
 
-void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& m, const Tensor& e,
-                     Arena& workspace) {
+void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& m,
+                     const Tensor& e, Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_segment_map");
   const auto scope = workspace.scope();
-  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
+  void* kept = records_of(records, p, workspace);
+  void* memory = take_workspace(workspace, kda::map_workspace(p), "KDA maps of pieces");
   if (stream.is_dry()) return;
-  check(kda::segment_map(p, floats(m), floats(e), memory, native(stream)), "kda_segment_map");
+  check(kda::segment_map(p, kept, floats(m), floats(e), memory, native(stream)), "kda_segment_map");
 }
 
-void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& d_o, const Tensor& e,
-                      Arena& workspace) {
+void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& d_o,
+                      const Tensor& e, Arena& workspace) {
   const kda::Problem p = problem(inputs, "kda_backward_map");
   const auto scope = workspace.scope();
-  void* memory = take_workspace(workspace, kda::forward_workspace(p), "KDA workspace");
+  void* kept = records_of(records, p, workspace);
   if (stream.is_dry()) return;
-  check(kda::backward_map(p, bits(d_o), floats(e), memory, native(stream)), "kda_backward_map");
+  check(kda::backward_map(p, kept, bits(d_o), floats(e), native(stream)), "kda_backward_map");
 }
 
 void kda_compose_maps(const Stream& stream, const Tensor& m1, const Tensor& e1, const Tensor& m2, const Tensor& e2,

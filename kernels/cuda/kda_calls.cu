@@ -21,22 +21,30 @@ class Carver {
   std::size_t used_ = 0;
 };
 
-std::uint8_t* take_records(Carver& carver, const Problem& p) {
-  return carver.take<std::uint8_t>(p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes));
-}
-
 struct BackwardWorkspace {
-  std::uint8_t* records;
   std::uint16_t *states, *dstates, *v_new, *minus_y;
   float* sums;
 
-  BackwardWorkspace(Carver& carver, const Problem& p) : records(take_records(carver, p)) {
+  BackwardWorkspace(Carver& carver, const Problem& p) {
     const std::size_t n = p.head_chunks(), k = static_cast<std::size_t>(p.head_dim);
     states = carver.take<std::uint16_t>(n * k * k);
     dstates = carver.take<std::uint16_t>(n * k * k);
     v_new = carver.take<std::uint16_t>(n * k * chunk_tokens);
     minus_y = carver.take<std::uint16_t>(n * k * chunk_tokens);
     sums = carver.take<float>(n * (k + 1));
+  }
+};
+
+struct MapWorkspace {
+  int pieces;
+  float *m = nullptr, *e = nullptr;
+
+  MapWorkspace(Carver& carver, const Problem& p) : pieces(map_pieces(p)) {
+    if (pieces == 1) return;
+    const std::size_t k = static_cast<std::size_t>(p.head_dim);
+    const std::size_t n = static_cast<std::size_t>(pieces) * p.segments * p.heads * k * k;
+    m = carver.take<float>(n);
+    e = carver.take<float>(n);
   }
 };
 
@@ -58,17 +66,15 @@ class Status {
 
 bool supports(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
-std::size_t forward_workspace(const Problem& p) {
-  Carver count(nullptr);
-  take_records(count, p);
-  return count.used();
+std::size_t records_bytes(const Problem& p) {
+  return p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes);
 }
 
-cudaError_t forward(const Problem& p, const float* state_in, std::uint16_t* o, float* state_out, void* workspace,
-                    cudaStream_t stream) {
-  ForwardScan scan{.records = workspace, .state_in = state_in, .state_out = state_out, .o = o};
+cudaError_t forward(const Problem& p, void* records, bool prepared, const float* state_in, std::uint16_t* o,
+                    float* state_out, cudaStream_t stream) {
+  const ForwardScan scan{.records = records, .state_in = state_in, .state_out = state_out, .o = o};
   return Status()
-      .then([&] { return prepare(p, workspace, stream); })
+      .then([&] { return prepared ? cudaSuccess : prepare(p, records, stream); })
       .then([&] { return scan_forward(p, scan, stream); })
       .error();
 }
@@ -79,13 +85,13 @@ std::size_t backward_workspace(const Problem& p) {
   return count.used();
 }
 
-cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_t* d_o, const float* dstate_out,
-                     const Gradients& gradients, float* dstate_in, void* workspace, cudaStream_t stream) {
+cudaError_t backward(const Problem& p, void* records, bool prepared, const float* state_in, const std::uint16_t* d_o,
+                     const float* dstate_out, const Gradients& gradients, float* dstate_in, void* workspace,
+                     cudaStream_t stream) {
   Carver carver(workspace);
   const BackwardWorkspace w(carver, p);
-  const ForwardScan states{
-      .records = w.records, .state_in = state_in, .states = w.states, .v_new = w.v_new, .beside = false};
-  const ReverseScan dstates{.records = w.records,
+  const ForwardScan states{.records = records, .state_in = state_in, .states = w.states, .v_new = w.v_new};
+  const ReverseScan dstates{.records = records,
                             .d_o = d_o,
                             .dstate_out = dstate_out,
                             .dstate_in = dstate_in,
@@ -93,7 +99,7 @@ cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_
                             .minus_y = w.minus_y};
   const ChunkGradients chunks{d_o, w.states, w.dstates, w.v_new, w.minus_y, gradients, w.sums};
   return Status()
-      .then([&] { return prepare(p, w.records, stream); })
+      .then([&] { return prepared ? cudaSuccess : prepare(p, records, stream); })
       .then([&] { return scan_reverse(p, dstates, stream); })
       .then([&] { return scan_forward(p, states, stream); })
       .then([&] { return chunk_gradients(p, chunks, stream); })
@@ -104,18 +110,27 @@ cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_
       .error();
 }
 
-cudaError_t segment_map(const Problem& p, float* m, float* e, void* workspace, cudaStream_t stream) {
-  const ForwardScan scan{.records = workspace, .state_out = e, .m = m};
+std::size_t map_workspace(const Problem& p) {
+  Carver count(nullptr);
+  const MapWorkspace all(count, p);
+  return count.used();
+}
+
+cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, void* workspace, cudaStream_t stream) {
+  Carver carver(workspace);
+  const MapWorkspace w(carver, p);
+  const bool whole = w.pieces == 1;
   return Status()
-      .then([&] { return prepare(p, workspace, stream); })
-      .then([&] { return scan_forward(p, scan, stream); })
+      .then([&] { return prepare(p, records, stream); })
+      .then([&] { return scan_maps(p, records, w.pieces, whole ? m : w.m, whole ? e : w.e, stream); })
+      .then([&] { return whole ? cudaSuccess : join_maps(p, w.pieces, w.m, w.e, m, e, stream); })
       .error();
 }
 
-cudaError_t backward_map(const Problem& p, const std::uint16_t* d_o, float* e, void* workspace, cudaStream_t stream) {
-  const ReverseScan scan{.records = workspace, .d_o = d_o, .dstate_in = e};
+cudaError_t backward_map(const Problem& p, void* records, const std::uint16_t* d_o, float* e, cudaStream_t stream) {
+  const ReverseScan scan{.records = records, .d_o = d_o, .dstate_in = e};
   return Status()
-      .then([&] { return prepare(p, workspace, stream); })
+      .then([&] { return prepare(p, records, stream); })
       .then([&] { return scan_reverse(p, scan, stream); })
       .error();
 }

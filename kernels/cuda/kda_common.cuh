@@ -141,7 +141,9 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-/// Orders what barriers have ordered before it with bulk copies issued after it.
+/// Waits for the thread's own reads and writes of shared memory, and orders them, and what barriers have ordered before
+/// them, with bulk copies issued after it. No barrier does: one may be passed with loads in flight, and a bulk copy
+/// that it sets off can overtake them.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /// Contiguous global memory into the second-level cache; size and address: multiples of 16.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
@@ -156,10 +158,6 @@ template <int threads>
 __device__ __forceinline__ void group_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
-/// Lets the next kernel of the stream, if it was launched to run beside this one, start.
-__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-/// Waits for the end of the kernel that this one runs beside, if any: who follows in the stream counts on both.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// Registers a thread, for a group of four warps: more, or fewer, than the kernel started with.
 template <bool more, int count>
 __device__ __forceinline__ void set_registers() {

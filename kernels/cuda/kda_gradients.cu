@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(4 * K, 1)
     barrier_wait(&s.state_full, side);
     barrier_wait(&s.dstate_full, side);
     multiply_states<K>(s, side, Part(anew(threadIdx.x)), r);
+    fence_async();  // the next copies overwrite what was read
     __syncthreads();
 
     const int next = index + static_cast<int>(gridDim.x);

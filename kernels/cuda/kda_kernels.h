@@ -34,19 +34,24 @@ struct Gradients {
 
 bool supports(int head_dim);
 
-std::size_t forward_workspace(const Problem& p);
+/// Bytes of the records that every call below prepares from its inputs, or takes as an earlier call on the same inputs
+/// left them: `prepared` tells which.
+std::size_t records_bytes(const Problem& p);
+
 /// state_in, state_out [S, H, K, V], may be null.
-cudaError_t forward(const Problem& p, const float* state_in, std::uint16_t* o, float* state_out, void* workspace,
-                    cudaStream_t stream);
+cudaError_t forward(const Problem& p, void* records, bool prepared, const float* state_in, std::uint16_t* o,
+                    float* state_out, cudaStream_t stream);
 
 std::size_t backward_workspace(const Problem& p);
-cudaError_t backward(const Problem& p, const float* state_in, const std::uint16_t* d_o, const float* dstate_out,
-                     const Gradients& gradients, float* dstate_in, void* workspace, cudaStream_t stream);
+cudaError_t backward(const Problem& p, void* records, bool prepared, const float* state_in, const std::uint16_t* d_o,
+                     const float* dstate_out, const Gradients& gradients, float* dstate_in, void* workspace,
+                     cudaStream_t stream);
 
-/// m [S, H, K, K], e [S, H, K, V]. Workspace: forward_workspace.
-cudaError_t segment_map(const Problem& p, float* m, float* e, void* workspace, cudaStream_t stream);
-/// e [S, H, K, V]. Workspace: forward_workspace.
-cudaError_t backward_map(const Problem& p, const std::uint16_t* d_o, float* e, void* workspace, cudaStream_t stream);
+std::size_t map_workspace(const Problem& p);
+/// m [S, H, K, K], e [S, H, K, V].
+cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, void* workspace, cudaStream_t stream);
+/// e [S, H, K, V].
+cudaError_t backward_map(const Problem& p, void* records, const std::uint16_t* d_o, float* e, cudaStream_t stream);
 
 /// out [n, rows, columns] = op(a) b + c, a [n, rows, rows], op the identity or transposition; c may be null.
 cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool transpose, const float* b, const float* c,
@@ -57,18 +62,24 @@ cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool tran
 /// Records of every chunk (see kda_common.cuh), everything that needs no state.
 cudaError_t prepare(const Problem& p, void* records, cudaStream_t stream);
 
-/// Forward scan. Exactly one of: o (outputs), states + v_new (for backward), m (map).
+/// Forward scan. Either o (outputs) or states + v_new (for backward).
 struct ForwardScan {
   const void* records;
   const float* state_in = nullptr;  // zeros when null
-  float* state_out = nullptr;       // E for a map
+  float* state_out = nullptr;
   std::uint16_t* o = nullptr;       // [S, L, H, V]
   std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
   std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
-  float* m = nullptr;               // [S, H, K, K]
-  bool beside = false;              // runs beside the reverse scan queued just before it
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
+
+/// Maps of segments, cut into `pieces` runs of chunks so that few heads fill the device: of every piece, then of the
+/// segments. piece_m [pieces, S, H, K, K] and piece_e [pieces, S, H, K, V] are m and e where there is one piece.
+int map_pieces(const Problem& p);
+cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
+                      cudaStream_t stream);
+cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
+                      cudaStream_t stream);
 
 /// Reverse scan of the state's gradient.
 struct ReverseScan {

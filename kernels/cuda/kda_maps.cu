@@ -1,22 +1,215 @@
-// Products of segment maps: small fp32 matrices, [K, K] by [K, columns] a head.
-#include "kernels/cuda/kda_kernels.h"
+// Maps (M, E) of segments, and their products.
+//
+// The scan of maps: the state's columns, with values as in the forward scan, end as E; columns that begin as the
+// identity, without values, end as M. A block of threads owns all columns of one of the two, of one head and one piece
+// of the segment, a warp 16 of them, as a chain of kda_scan.cu; its two chains a quarter of the multiprocessor hide
+// each other's latency, and a record is read twice a piece, not once every 64 columns. Pieces are runs of chunks whose
+// maps are joined in fp32: the more heads, the fewer.
+#include "kernels/cuda/kda_scan.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-constexpr int tile = 32;
+template <int K>
+struct Shared {
+  static constexpr int warps = K / slice, stages = 3;
+  std::uint8_t state[stages][Record<K>::state_bytes];
+  std::uint8_t values[warps][values_ahead][slice_bytes];
+  std::uint64_t full[stages], empty[stages];
+};
+
+struct MapScan {
+  const void* records;
+  float *m, *e;
+  int pieces;
+};
+
+/// A warp's 16 columns over `chunks` chunks from chunk `begin`: of M, or of E.
+template <int K, bool is_m>
+__device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, int begin, int chunks, int warp,
+                                     int lane, float* out) {
+  const int first = warp * slice;
+  const std::size_t row = static_cast<std::size_t>(p.heads) * K;
+  const std::uint16_t* values =
+      p.v + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
+  const auto fetch = [&](int c) {
+    fetch_slice(s.values[warp][c % values_ahead], values, row, begin + c, p.length, c < chunks, lane);
+  };
+  float state[K / 8][4];
+  clear(state);
+  if constexpr (is_m) {
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (8 * n + lane % 4 * 2 + (e & 1) == first + lane / 4 + (e & 2) * 4) state[n][e] = 1.0f;
+      }
+    }
+  } else {
+    for (int c = 0; c < values_ahead - 1; ++c) fetch(c);
+  }
+  Ring<Shared<K>::stages> at;
+  for (int c = 0; c < chunks; ++c) {
+    if constexpr (!is_m) {
+      fetch(c + values_ahead - 1);
+      copy_async_wait<values_ahead - 1>();
+      __syncwarp();
+    }
+    barrier_wait(&s.full[at.stage], at.phase);
+    const std::uint8_t* record = s.state[at.stage];
+    const std::uint32_t tile = shared_address(record);
+    // rhs = beta v - (beta k exp(G)) S, transposed
+    float rhs[8][4];
+    if constexpr (is_m) {
+      clear(rhs);
+    } else {
+      weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[warp][c % values_ahead],
+                   lane);
+    }
+#pragma unroll
+    for (int n = 0; n < K / 16; ++n) {
+      std::uint32_t a[4];
+      as_operand(a, state[2 * n], state[2 * n + 1]);
+      multiply_transposed<K>(rhs, a, tile + Record<K>::nbg, 16 * n, 0, lane);
+    }
+    // v_new = A rhs
+    float v_new[8][4];
+    clear(v_new);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      std::uint32_t a[4];
+      as_operand(a, rhs[2 * n], rhs[2 * n + 1]);
+      multiply_transposed<chunk_tokens>(v_new, a, tile + Record<K>::a, 16 * n, n, lane);
+    }
+    // S = exp(G_end) S + kg^T v_new
+    scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      std::uint32_t a[4];
+      as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
+      multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
+    }
+    fence_async();
+    release(&s.empty[at.stage], lane);
+    at.next();
+  }
+  copy_async_wait<0>();
+  store_state<K>(state, out, K, first, lane);
+}
+
+template <int K>
+__global__ void __launch_bounds__(2 * K + 32, 1)
+    map_kernel(const __grid_constant__ Problem p, const __grid_constant__ MapScan io, int chunks) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  auto& s = *reinterpret_cast<Shared<K>*>(memory);
+  constexpr int warps = Shared<K>::warps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool is_m = blockIdx.x % 2 == 0;
+  const int index = blockIdx.x / 2, heads = p.segments * p.heads, head = index % heads, piece = index / heads;
+  const int begin = chunks * piece / io.pieces, count = chunks * (piece + 1) / io.pieces - begin;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared<K>::stages; ++i) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], warps);
+    }
+    barrier_fence_init();
+  }
+  __syncthreads();
+  if (warp == warps) {
+    if (lane != 0) return;
+    const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
+    produce<Shared<K>::stages, Record<K>::state_bytes>(
+        s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
+        Record<K>::bytes, count);
+    return;
+  }
+  const std::size_t out = static_cast<std::size_t>(index) * K * K;
+  if (is_m) {
+    walk<K, true>(p, s, head, begin, count, warp, lane, io.m + out);
+  } else {
+    walk<K, false>(p, s, head, begin, count, warp, lane, io.e + out);
+  }
+}
+
+constexpr int join_columns = 32, join_threads = 512;
+
+template <int K>
+struct JoinShared {
+  float m[K][K];
+  float x[K][join_columns];
+};
+
+/// A block owns 32 columns of a head's [M | E] and takes them through one piece after another.
+template <int K>
+__global__ void __launch_bounds__(join_threads)
+    join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, float* m, float* e) {
+  extern __shared__ __align__(1024) std::uint8_t memory[];
+  auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
+  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads;
+  const int column = threadIdx.x % join_columns, first = threadIdx.x / join_columns * rows;
+  const int head = blockIdx.x / (2 * parts), part = blockIdx.x % (2 * parts);
+  const bool is_m = part < parts;
+  const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
+  const std::size_t own = at + part % parts * join_columns + column;
+  const float* begin = is_m ? piece_m : piece_e;
+  float x[rows];
+#pragma unroll
+  for (int r = 0; r < rows; ++r) x[r] = begin[own + (first + r) * K];
+  for (int piece = 1; piece < pieces; ++piece) {
+    __syncthreads();
+    const auto* from = reinterpret_cast<const float4*>(piece_m + piece * piece_size + at);
+    auto* to = reinterpret_cast<float4*>(s.m);
+#pragma unroll
+    for (int i = threadIdx.x; i < K * K / 4; i += join_threads) to[i] = from[i];
+#pragma unroll
+    for (int r = 0; r < rows; ++r) s.x[first + r][column] = x[r];
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < rows; ++r) x[r] = is_m ? 0.0f : piece_e[piece * piece_size + own + (first + r) * K];
+    for (int k = 0; k < K; k += 4) {
+      const float y0 = s.x[k][column], y1 = s.x[k + 1][column], y2 = s.x[k + 2][column], y3 = s.x[k + 3][column];
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const float4 a = *reinterpret_cast<const float4*>(&s.m[first + r][k]);
+        x[r] += a.x * y0 + a.y * y1 + a.z * y2 + a.w * y3;
+      }
+    }
+  }
+  float* out = is_m ? m : e;
+#pragma unroll
+  for (int r = 0; r < rows; ++r) out[own + (first + r) * K] = x[r];
+}
+
+template <int K>
+cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
+  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), stream, p, s);
+}
+
+template <int K>
+cudaError_t join_of(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
+                    cudaStream_t stream) {
+  const cudaError_t set = cudaFuncSetAttribute(join_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(sizeof(JoinShared<K>)));
+  if (set != cudaSuccess) return set;
+  const int heads = p.segments * p.heads;
+  join_kernel<K><<<static_cast<unsigned>(heads * 2 * K / join_columns), join_threads, sizeof(JoinShared<K>), stream>>>(
+      heads, pieces, piece_m, piece_e, m, e);
+  return cudaGetLastError();
+}
+
+constexpr int product_tile = 32;
 
 /// A block of threads [8, 32] makes a [32, 32] tile; a thread four of its rows.
 __global__ void multiply_add_kernel(int rows, int columns, const float* a, bool transpose, const float* b,
                                     const float* c, float* out) {
-  __shared__ float left[tile][tile + 1], right[tile][tile + 1];
-  const int x = threadIdx.x, y = threadIdx.y, column = blockIdx.x * tile + x, first = blockIdx.y * tile;
+  __shared__ float left[product_tile][product_tile + 1], right[product_tile][product_tile + 1];
+  const int x = threadIdx.x, y = threadIdx.y, column = blockIdx.x * product_tile + x, first = blockIdx.y * product_tile;
   a += static_cast<std::size_t>(blockIdx.z) * rows * rows;
   b += static_cast<std::size_t>(blockIdx.z) * rows * columns;
   const std::size_t at = static_cast<std::size_t>(blockIdx.z) * rows * columns;
   float sum[4] = {};
-  for (int m = 0; m < rows; m += tile) {
-    for (int i = y; i < tile; i += 8) {
+  for (int m = 0; m < rows; m += product_tile) {
+    for (int i = y; i < product_tile; i += 8) {
       if (transpose) {
         left[x][i] = first + x < rows && m + i < rows ? a[(m + i) * rows + first + x] : 0.0f;
       } else {
@@ -26,7 +219,7 @@ __global__ void multiply_add_kernel(int rows, int columns, const float* a, bool 
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < tile; ++k) {
+    for (int k = 0; k < product_tile; ++k) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) sum[n] += left[y + 8 * n][k] * right[k][x];
     }
@@ -44,11 +237,31 @@ __global__ void multiply_add_kernel(int rows, int columns, const float* a, bool 
 
 }  // namespace
 
+// From the shapes alone, so that workspace and results do not depend on the device: as many as fill an H100's 132
+// multiprocessors with one block each, of eight chunks at least.
+int map_pieces(const Problem& p) {
+  const int fill = 132 / (2 * p.segments * p.heads), most = p.chunks() / 8;
+  const int pieces = fill < most ? fill : most;
+  return pieces < 1 ? 1 : pieces > 8 ? 8 : pieces;
+}
+
+cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
+                      cudaStream_t stream) {
+  const MapScan scan{records, piece_m, piece_e, pieces};
+  return p.head_dim == 128 ? scan_of<128>(p, scan, stream) : scan_of<64>(p, scan, stream);
+}
+
+cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
+                      cudaStream_t stream) {
+  return p.head_dim == 128 ? join_of<128>(p, pieces, piece_m, piece_e, m, e, stream)
+                           : join_of<64>(p, pieces, piece_m, piece_e, m, e, stream);
+}
+
 cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool transpose, const float* b, const float* c,
                          float* out, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((columns + tile - 1) / tile), static_cast<unsigned>((rows + tile - 1) / tile),
-                  static_cast<unsigned>(n));
-  multiply_add_kernel<<<grid, dim3(tile, 8), 0, stream>>>(rows, columns, a, transpose, b, c, out);
+  const dim3 grid(static_cast<unsigned>((columns + product_tile - 1) / product_tile),
+                  static_cast<unsigned>((rows + product_tile - 1) / product_tile), static_cast<unsigned>(n));
+  multiply_add_kernel<<<grid, dim3(product_tile, 8), 0, stream>>>(rows, columns, a, transpose, b, c, out);
   return cudaGetLastError();
 }
 

@@ -35,20 +35,17 @@ struct ReverseShared {
   std::uint64_t output_full[output_stages], output_empty[output_stages];
 };
 
-template <Mode mode>
-constexpr int helpers = mode == Mode::map ? 0 : chains;
-template <Mode mode>
-constexpr int forward_threads = (chains + helpers<mode> + 2) * 32;  // the last two warps are producers
+constexpr int forward_threads = (2 * chains + 2) * 32;  // the last two warps are producers
 
 template <int K, Mode mode>
-__global__ void __launch_bounds__(forward_threads<mode>, 1)
+__global__ void __launch_bounds__(forward_threads, 1)
     forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ForwardShared<K, mode>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int columns = mode == Mode::map ? 2 * K : K;  // a map's columns ride behind the state's
-  const int slices = columns / (slice * chains), head = blockIdx.x / slices;
+  constexpr int slices = K / (slice * chains);
+  const int head = blockIdx.x / slices;
   const int pair = warp % chains, first = (blockIdx.x % slices * chains + pair) * slice;
   const std::uint8_t* records =
       static_cast<const std::uint8_t*>(io.records) + static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
@@ -57,9 +54,9 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
   const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
   init_barriers(s);
 
-  if (warp >= chains + helpers<mode>) {
+  if (warp >= 2 * chains) {
     if (lane != 0) return;
-    if (warp == chains + helpers<mode>) {
+    if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
                                                             Record<K>::bytes, chunks);
     } else if constexpr (mode == Mode::outputs) {
@@ -68,7 +65,7 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
     }
     return;
   }
-  if (mode != Mode::map && warp >= chains) {  // helper
+  if (warp >= chains) {  // helper
     Ring<Shared::output_stages> at;
     for (int c = 0; c < chunks; ++c) {
       std::uint32_t state[K / 16][4], v_new[4][4];
@@ -102,9 +99,6 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
         for (int n = 0; n < 4; ++n) {
           multiply_transposed<chunk_tokens>(o, v_new[n], tile + Record<K>::aqk, 16 * n, n, lane);
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
-        at.next();
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const std::uint32_t x = transpose_matrix(pack(o[n][0], o[n][1])),
@@ -116,6 +110,8 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
             to[4] = y;
           }
         }
+        release(&s.output_empty[at.stage], lane);
+        at.next();
       }
     }
     return;
@@ -123,42 +119,31 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
 
   // chain
   float state[K / 8][4];
-  if (mode == Mode::map && first >= K) {
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        state[n][e] = 8 * n + lane % 4 * 2 + (e & 1) == first - K + lane / 4 + (e & 2) * 4 ? 1.0f : 0.0f;
-      }
-    }
-  } else if (io.state_in != nullptr) {
+  if (io.state_in != nullptr) {
     load_state<K>(state, io.state_in + static_cast<std::size_t>(head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
-  const bool has_values = mode != Mode::map || first < K;
   const std::uint16_t* values = p.v + tokens + first;
   for (int c = 0; c < values_ahead - 1; ++c) {
-    fetch_slice(s.values[pair][c], values, row, c, p.length, has_values && c < chunks, lane);
+    fetch_slice(s.values[pair][c], values, row, c, p.length, c < chunks, lane);
   }
   Ring<Shared::state_stages> at;
   Ring<values_ahead> now;
   for (int c = 0; c < chunks; ++c) {
     {
       const int ahead = c + values_ahead - 1;
-      fetch_slice(s.values[pair][ahead % values_ahead], values, row, ahead, p.length, has_values && ahead < chunks,
-                  lane);
+      fetch_slice(s.values[pair][ahead % values_ahead], values, row, ahead, p.length, ahead < chunks, lane);
     }
     std::uint32_t operand[K / 16][4];
 #pragma unroll
     for (int n = 0; n < K / 16; ++n) as_operand(operand[n], state[2 * n], state[2 * n + 1]);
-    if (mode != Mode::map) {
-      if (c > 0) group_sync<64>(empty);
+    if (c > 0) group_sync<64>(empty);
 #pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        s.handed[pair][n][lane] = {operand[n][0], operand[n][1], operand[n][2], operand[n][3]};
-      }
+    for (int n = 0; n < K / 16; ++n) {
+      s.handed[pair][n][lane] = {operand[n][0], operand[n][1], operand[n][2], operand[n][3]};
     }
+    if (c > 0) release(&s.state_empty[at.previous()], lane);
     copy_async_wait<values_ahead - 1>();
     __syncwarp();
     barrier_wait(&s.state_full[at.stage], at.phase);
@@ -167,54 +152,12 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
 
     // rhs = beta v - (beta k exp(G)) S, transposed
     float rhs[8][4];
-    if (has_values) {
-      const auto* beta = reinterpret_cast<const float*>(record + Record<K>::beta);
-      const std::uint32_t from =
-          shared_address(s.values[pair][now.stage]) + ((lane & 7) + (lane >> 4) * 8) * 32 + ((lane >> 3) & 1) * 16;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        std::uint32_t v[4];  // (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
-        load_matrices_transposed(v, from + n * 16 * 32);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 b = *reinterpret_cast<const float2*>(beta + 16 * n + 8 * h + lane % 4 * 2);
-          rhs[2 * n + h][0] = b.x * low(v[2 * h]);
-          rhs[2 * n + h][1] = b.y * high(v[2 * h]);
-          rhs[2 * n + h][2] = b.x * low(v[2 * h + 1]);
-          rhs[2 * n + h][3] = b.y * high(v[2 * h + 1]);
-        }
-      }
-    } else {
-      clear(rhs);
-    }
+    weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[pair][now.stage], lane);
     now.next();
-    if (mode == Mode::map) {  // with the rest of the state's bits: maps are composed many times
+    const int again = anew(lane);
 #pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        float left[4], right[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const std::uint32_t x = operand[n][e >> 1], y = operand[n][2 + (e >> 1)];
-          left[e] = state[2 * n][e] - (e & 1 ? high(x) : low(x));
-          right[e] = state[2 * n + 1][e] - (e & 1 ? high(y) : low(y));
-        }
-        std::uint32_t rest[4];
-        as_operand(rest, left, right);
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          std::uint32_t b[4];
-          load_matrices(b, tile + Record<K>::nbg + block_offset_right<K>(16 * m, 16 * n, lane));
-          mma(rhs[2 * m], operand[n], b[0], b[1]);
-          mma(rhs[2 * m + 1], operand[n], b[2], b[3]);
-          mma(rhs[2 * m], rest, b[0], b[1]);
-          mma(rhs[2 * m + 1], rest, b[2], b[3]);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < K / 16; ++n) {
-        multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, lane);
-      }
+    for (int n = 0; n < K / 16; ++n) {
+      multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, again);
     }
     // v_new = A rhs
     float v_new[8][4];
@@ -231,22 +174,16 @@ __global__ void __launch_bounds__(forward_threads<mode>, 1)
     for (int n = 0; n < 4; ++n) {
       std::uint32_t a[4];
       as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
-      if (mode != Mode::map) s.handed[pair][K / 16 + n][lane] = {a[0], a[1], a[2], a[3]};
+      s.handed[pair][K / 16 + n][lane] = {a[0], a[1], a[2], a[3]};
       multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
     }
-    if (mode != Mode::map) group_arrive<64>(full);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
+    group_arrive<64>(full);
     at.next();
   }
   copy_async_wait<0>();
-  const std::size_t state_at = static_cast<std::size_t>(head) * K * K;
-  if (mode == Mode::map && first >= K) {
-    store_state<K>(state, io.m + state_at, K, first - K, lane);
-  } else if (io.state_out != nullptr) {
-    store_state<K>(state, io.state_out + state_at, K, first, lane);
+  if (io.state_out != nullptr) {
+    store_state<K>(state, io.state_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   }
-  wait_for_previous_kernel();
 }
 
 constexpr int reverse_threads =
@@ -265,7 +202,6 @@ __global__ void __launch_bounds__(reverse_threads, 1)
                                     (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
   const int full = 1 + 2 * pair, empty = full + 1;
   constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
-  start_next_kernel();
   init_barriers(s);
 
   if (warp >= 2 * chains) {
@@ -311,9 +247,6 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         multiply_rows<chunk_tokens>(by_pair, a[n], tile + Record<K>::aqk, 16 * n, n + 1, lane);
         multiply_rows<K>(by_state, a[n], tile + Record<K>::qg, 16 * n, K / 16, lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
-      at.next();
       if (c > 0) group_sync<64>(empty);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
@@ -324,6 +257,8 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         s.handed[pair][8 + n][lane] = {by_state[n][0], by_state[n][1], by_state[n][2], by_state[n][3]};
       }
       group_arrive<64>(full);
+      release(&s.output_empty[at.stage], lane);
+      at.next();
     }
     copy_async_wait<0>();
     return;
@@ -346,7 +281,10 @@ __global__ void __launch_bounds__(reverse_threads, 1)
     if (io.dstates != nullptr) {
 #pragma unroll
       for (int n = 0; n < K / 16; ++n) store_tiles(io.dstates + slot * K * K, operand[n], first, K / 8, n, lane);
+    } else {
+      fence_async();
     }
+    if (c > 0) release(&s.state_empty[at.previous()], lane);
     barrier_wait(&s.state_full[at.stage], at.phase);
     const std::uint8_t* record = s.state[at.stage];
     const std::uint32_t tile = shared_address(record);
@@ -396,8 +334,6 @@ __global__ void __launch_bounds__(reverse_threads, 1)
         store_tiles(io.minus_y + slot * K * chunk_tokens, a, first, 8, n, lane);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
   }
   if (io.dstate_in != nullptr) {
@@ -407,47 +343,34 @@ __global__ void __launch_bounds__(reverse_threads, 1)
   }
 }
 
-template <int K, Mode mode>
-cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  const int blocks = p.segments * p.heads * (mode == Mode::map ? 2 * K : K) / (slice * chains);
-  return launch(forward_kernel<K, mode>, blocks, forward_threads<mode>, sizeof(ForwardShared<K, mode>), s.beside,
-                stream, p, s);
-}
-
 template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  if (s.m != nullptr) return forward_of<K, Mode::map>(p, s, stream);
-  if (s.states != nullptr) return forward_of<K, Mode::states>(p, s, stream);
-  return forward_of<K, Mode::outputs>(p, s, stream);
+  const int blocks = p.segments * p.heads * K / (slice * chains);
+  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, forward_threads,
+                                      sizeof(ForwardShared<K, Mode::states>), stream, p, s)
+                             : launch(forward_kernel<K, Mode::outputs>, blocks, forward_threads,
+                                      sizeof(ForwardShared<K, Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
   return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
-                sizeof(ReverseShared<K>), false, stream, p, s);
+                sizeof(ReverseShared<K>), stream, p, s);
 }
 
-/// Two runs of the split scans of backward gave different bits (README.md, version 7): until that is understood the
-/// others run.
-constexpr bool split_backward = false;
-
-/// Blocks of threads of a split scan.
-int split_blocks(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice); }
+/// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
+/// threads takes half as many columns.
+bool few_heads(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice) <= processors(); }
 
 }  // namespace
 
-// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
-// threads takes half as many columns.
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  if (s.m == nullptr && (s.states == nullptr || split_backward) &&
-      (s.beside ? 2 : 1) * split_blocks(p) <= processors()) {
-    return scan_forward_split(p, s, stream);
-  }
+  if (few_heads(p)) return scan_forward_split(p, s, stream);
   return p.head_dim == 128 ? forward_of<128>(p, s, stream) : forward_of<64>(p, s, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (split_backward && split_blocks(p) <= processors()) return scan_reverse_split(p, s, stream);
+  if (few_heads(p)) return scan_reverse_split(p, s, stream);
   return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
 }
 

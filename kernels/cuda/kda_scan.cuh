@@ -5,7 +5,7 @@
 
 namespace deltapipe::kernels::cuda::kda {
 
-/// The scans with two warps a chain (kda_scan_split.cu); not for maps.
+/// The scans with two warps a chain (kda_scan_split.cu).
 cudaError_t scan_forward_split(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 cudaError_t scan_reverse_split(const Problem& p, const ReverseScan& s, cudaStream_t stream);
 
@@ -15,7 +15,7 @@ constexpr int slice = 16;  // columns a chain
 constexpr int slice_bytes = chunk_tokens * slice * 2;
 constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
 
-enum class Mode { outputs, states, map };
+enum class Mode { outputs, states };
 
 /// Position in a ring of `stages` buffers.
 template <int stages>
@@ -27,6 +27,7 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ int previous() const { return (stage == 0 ? stages : stage) - 1; }
 };
 
 template <class Shared>
@@ -56,6 +57,13 @@ __device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::u
     bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
     at.next();
   }
+}
+
+/// A warp is done with a stage of a ring: after stores of what it made of all that it read there, which cannot be made
+/// before the loads have ended, or after fence_async().
+__device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(empty);
 }
 
 /// One warp: 16 columns of 16 of a chunk's rows of v or d_o, from row `first`, zeros beyond the segment's end.
@@ -112,6 +120,25 @@ __device__ __forceinline__ void clear(float (&x)[groups][4]) {
   }
 }
 
+/// beta v, transposed, from a fetched slice of v.
+__device__ __forceinline__ void weigh_values(float (&rhs)[8][4], const float* beta, const std::uint8_t* values,
+                                             int lane) {
+  const std::uint32_t from = shared_address(values) + ((lane & 7) + (lane >> 4) * 8) * 32 + ((lane >> 3) & 1) * 16;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    std::uint32_t v[4];  // (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
+    load_matrices_transposed(v, from + n * 16 * 32);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 b = *reinterpret_cast<const float2*>(beta + 16 * n + 8 * h + lane % 4 * 2);
+      rhs[2 * n + h][0] = b.x * low(v[2 * h]);
+      rhs[2 * n + h][1] = b.y * high(v[2 * h]);
+      rhs[2 * n + h][2] = b.x * low(v[2 * h + 1]);
+      rhs[2 * n + h][3] = b.y * high(v[2 * h + 1]);
+    }
+  }
+}
+
 /// The lane's part of a transposed state slice from or to [K, V] in memory.
 template <int K>
 __device__ __forceinline__ void load_state(float (&s)[K / 8][4], const float* state, int columns, int first, int lane) {
@@ -160,24 +187,14 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-/// beside: the kernel may run while the one before it does, which has called start_next_kernel.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
-                   const Problem& p, const Io& io) {
+cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, cudaStream_t stream, const Problem& p,
+                   const Io& io) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = beside ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(p, io, p.chunks());
+  return cudaGetLastError();
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int chains = 2;
 constexpr int threads = (4 * chains + 2) * 32;  // chains' warps, helpers, producers
-
+template <int K>
+constexpr int slices = K / (slice * chains);  // blocks of threads a head
 /// What the warps of a chain hand each other: left operands of the state, of rhs or dv_new, and of v_new or Y.
 template <int K>
 struct Exchange {
@@ -23,7 +24,7 @@ struct Exchange {
 
 template <int K, bool outputs>
 struct ForwardShared {
-  static constexpr int readers = 2 * chains;
+  static constexpr int readers = chains;
   static constexpr int state_stages = 3, output_stages = outputs ? 3 : 1;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
   std::uint8_t output[output_stages][outputs ? Record<K>::output_bytes : 16];
@@ -35,7 +36,7 @@ struct ForwardShared {
 
 template <int K>
 struct ReverseShared {
-  static constexpr int readers = 2 * chains;
+  static constexpr int readers = chains;
   static constexpr int state_stages = 3, output_stages = 2;
   std::uint8_t state[state_stages][Record<K>::state_bytes];
   std::uint8_t output[output_stages][Record<K>::output_bytes];
@@ -149,10 +150,9 @@ __global__ void __launch_bounds__(threads, 1)
   using Shared = ForwardShared<K, mode == Mode::outputs>;
   auto& s = *reinterpret_cast<Shared*>(memory);
   constexpr int frags = K / 32;  // operands of half of a state
-  constexpr int slices = K / (slice * chains);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head = blockIdx.x / slices, chain = warp / 2 % chains;
-  const int first = (blockIdx.x % slices * chains + chain) * slice;
+  const int head = blockIdx.x / slices<K>, chain = warp / 2 % chains;
+  const int first = (blockIdx.x % slices<K> * chains + chain) * slice;
   const std::size_t row = static_cast<std::size_t>(p.heads) * K;
   const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
   const Barriers barriers(chain);
@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(threads, 1)
     Ring<Shared::output_stages> at;
     for (int c = 0; c < chunks; ++c) {
       group_sync<128>(barriers.full);
+      if (mode == Mode::outputs && c > 0 && half.index == 0) release(&s.output_empty[at.previous()], lane);
       if constexpr (mode == Mode::states) {
         std::uint32_t state[frags][4], v_new[2][4];
 #pragma unroll
@@ -215,8 +216,6 @@ __global__ void __launch_bounds__(threads, 1)
           }
         }
         multiply_lower(o, own, other, tile + Record<K>::aqk, half, lane);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
         at.next();
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
@@ -303,6 +302,7 @@ __global__ void __launch_bounds__(threads, 1)
 #pragma unroll
     for (int n = 0; n < frags; ++n) multiply_keys(operand[n], from_channel + 16 * n);
     group_sync<64>(barriers.chain);
+    if (c > 0 && half.index == 0) release(&s.state_empty[at.previous()], lane);
 #pragma unroll
     for (int n = 0; n < frags; ++n) {
       std::uint32_t a[4];
@@ -340,13 +340,10 @@ __global__ void __launch_bounds__(threads, 1)
       get(other[m], x.last, half.other[m], lane);
       update_state<K>(state, other[m], tile + Record<K>::kg, 16 * half.other[m], from_channel, lane);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
   }
   copy_async_wait<0>();
   if (io.state_out != nullptr) store_state<K / 2>(state, io.state_out + state_at, K, first, lane);
-  wait_for_previous_kernel();
 }
 
 template <int K>
@@ -355,14 +352,13 @@ __global__ void __launch_bounds__(threads, 1)
   extern __shared__ __align__(1024) std::uint8_t memory[];
   using Shared = ReverseShared<K>;
   auto& s = *reinterpret_cast<Shared*>(memory);
-  constexpr int frags = K / 32, slices = K / (slice * chains);
+  constexpr int frags = K / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head = blockIdx.x / slices, chain = warp / 2 % chains;
-  const int first = (blockIdx.x % slices * chains + chain) * slice;
+  const int head = blockIdx.x / slices<K>, chain = warp / 2 % chains;
+  const int first = (blockIdx.x % slices<K> * chains + chain) * slice;
   const Barriers barriers(chain);
   const Half half(warp % 2);
   const int from_channel = half.index * (K / 2);
-  start_next_kernel();
   init_barriers(s);
 
   if (warp >= 4 * chains) {
@@ -403,6 +399,7 @@ __global__ void __launch_bounds__(threads, 1)
     for (int c = 0; c < chunks; ++c) {
       copy_async_wait<values_ahead - 2>();
       group_sync<64>(barriers.helpers);  // the other's tokens have arrived, and it has read the stage that is next
+      if (c > 0 && half.index == 0) release(&s.output_empty[at.previous()], lane);
       fetch((c + values_ahead - 1) % values_ahead, c + values_ahead - 1);
       std::uint32_t own[2][4], other[2][4];
       const std::uint32_t from =
@@ -424,8 +421,6 @@ __global__ void __launch_bounds__(threads, 1)
         update_state<K>(by_state, own[m], tile + Record<K>::qg, 16 * half.own[m], from_channel, lane);
         update_state<K>(by_state, other[m], tile + Record<K>::qg, 16 * half.other[m], from_channel, lane);
       }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(&s.output_empty[at.stage]);
       at.next();
       if (c > 0) group_sync<64>(empty);
 #pragma unroll
@@ -470,16 +465,18 @@ __global__ void __launch_bounds__(threads, 1)
     // dv_new = Aqk^T d_o + kg dS, transposed: own tokens
     float dv[2][2][4];
     clear_blocks(dv);
+    const int again = anew(lane);
     const auto multiply_keys = [&](const std::uint32_t(&a)[4], int channel) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        multiply_block_transposed<K>(dv[m], a, tile + Record<K>::kg, 16 * half.own[m], channel, lane);
+        multiply_block_transposed<K>(dv[m], a, tile + Record<K>::kg, 16 * half.own[m], channel, again);
       }
     };
 #pragma unroll
     for (int n = 0; n < frags; ++n) multiply_keys(operand[n], from_channel + 16 * n);
     scale_columns<K / 2>(state, reinterpret_cast<const float*>(record + Record<K>::decay) + from_channel, lane);
     group_sync<64>(barriers.chain);
+    if (c > 0 && half.index == 0) release(&s.state_empty[at.previous()], lane);
 #pragma unroll
     for (int n = 0; n < frags; ++n) {
       std::uint32_t a[4];
@@ -518,14 +515,14 @@ __global__ void __launch_bounds__(threads, 1)
     if (io.dstates != nullptr) {
 #pragma unroll
       for (int n = 0; n < frags; ++n) {
-        store_tiles(io.dstates + slot * K * K, operand[n], first, K / 8, half.index * frags + n, lane);
+        store_tiles(io.dstates + slot * K * K, operand[n], first, K / 8, half.index * frags + n, anew(lane));
       }
     }
 #pragma unroll
     for (int m = 0; m < 2; ++m) get(other[m], x.middle, half.other[m], lane);
     float y[2][2][4];
     clear_blocks(y);
-    multiply_upper(y, own, other, tile + Record<K>::a, half, lane);
+    multiply_upper(y, own, other, tile + Record<K>::a, half, anew(lane));
     // dS = exp(G_end) dS + qg^T d_o - (beta k exp(G))^T Y
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -542,8 +539,6 @@ __global__ void __launch_bounds__(threads, 1)
       get(other[m], x.last, half.other[m], lane);
       update_state<K>(state, other[m], tile + Record<K>::nbg, 16 * half.other[m], from_channel, lane);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.state_empty[at.stage]);
     at.next();
     if (io.minus_y != nullptr) {
 #pragma unroll
@@ -559,14 +554,14 @@ __global__ void __launch_bounds__(threads, 1)
 
 template <int K, Mode mode>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  return launch(forward_split_kernel<K, mode>, p.segments * p.heads * K / (slice * chains), threads,
-                sizeof(ForwardShared<K, mode == Mode::outputs>), s.beside, stream, p, s);
+  return launch(forward_split_kernel<K, mode>, p.segments * p.heads * slices<K>, threads,
+                sizeof(ForwardShared<K, mode == Mode::outputs>), stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_split_kernel<K>, p.segments * p.heads * K / (slice * chains), threads, sizeof(ReverseShared<K>),
-                false, stream, p, s);
+  return launch(reverse_split_kernel<K>, p.segments * p.heads * slices<K>, threads, sizeof(ReverseShared<K>), stream, p,
+                s);
 }
 
 }  // namespace

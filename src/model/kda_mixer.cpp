@@ -7,6 +7,15 @@
 #include <cmath>
 
 namespace deltapipe {
+namespace {
+
+/// Memory for what a segment's map prepares and the next call on the same inputs reads; empty where nothing is kept.
+Tensor take_records(const Context& c, const kernels::KdaInputs& in) {
+  const std::int64_t bytes = kernels::kda_records_bytes(c.stream, in);
+  return bytes == 0 ? Tensor() : c.workspace.allocate(DType::u8, {bytes}, "KDA records");
+}
+
+}  // namespace
 
 KdaMixer::KdaMixer(const ModelSpec& spec, ParameterTable& parameters, const std::string& prefix)
     : spec_(spec.kda),
@@ -91,13 +100,15 @@ void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& 
                                 saved.halo[i], batch.start, saved.convolved[i].view(by_segment));
   }
   const kernels::KdaInputs in = inputs(batch, saved);
+  Tensor records;
   if (c.sequence != nullptr) {
+    records = take_records(c, in);
     const auto scan_scope = c.workspace.scope();
     const Tensor own = c.workspace.allocate(acc, states, "KDA segment state");
-    kernels::kda_segment_map(c.stream, in, saved.map, own, c.workspace);
+    kernels::kda_segment_map(c.stream, in, records, saved.map, own, c.workspace);
     c.sequence->scan(c.stream, saved.map, own, saved.state_in, c.workspace);
   }
-  kernels::kda_forward(c.stream, in, saved.state_in, saved.o.view(in.v.shape), Tensor(), c.workspace);
+  kernels::kda_forward(c.stream, in, records, saved.state_in, saved.o.view(in.v.shape), Tensor(), c.workspace);
   kernels::gated_rms_norm_forward(c.stream, saved.o.view(by_head), saved.g.view(by_head), o_norm_->value, norm_eps_,
                                   saved.normed.view(by_head), saved.rstd);
   o_.forward(c, saved.normed, out);
@@ -140,15 +151,16 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
       .da_log = a_log_->gradient(),
       .ddt_bias = d_dt_bias ? d_dt_bias.view({spec_.heads, spec_.head_dim}) : Tensor(),
   };
-  Tensor dstate_out;
+  Tensor dstate_out, records;
   if (c.sequence != nullptr) {
+    records = take_records(c, in);
     dstate_out = c.workspace.allocate(saved.map.dtype, saved.map.shape, "KDA outgoing state gradient");
     const auto scan_scope = c.workspace.scope();
     const Tensor own = c.workspace.allocate(saved.map.dtype, saved.map.shape, "KDA own state gradient");
-    kernels::kda_backward_map(c.stream, in, d_o.view(in.v.shape), own, c.workspace);
+    kernels::kda_backward_map(c.stream, in, records, d_o.view(in.v.shape), own, c.workspace);
     c.sequence->scan_backward(c.stream, saved.map, own, dstate_out, c.workspace);
   }
-  kernels::kda_backward(c.stream, in, saved.state_in, d_o.view(in.v.shape), dstate_out, gradients, Tensor(),
+  kernels::kda_backward(c.stream, in, records, saved.state_in, d_o.view(in.v.shape), dstate_out, gradients, Tensor(),
                         c.workspace);
   f_.backward(c, df, saved.f_inner, df_inner);
   f_inner_.backward(c, df_inner, h, dh, true);

@@ -129,18 +129,18 @@ Results<T> run(const Inputs<T>& in, const SequenceParallel* sp) {
       e = take({S, heads, K, V});
       state_in = take({S, heads, K, V});
       dstate_out = take({S, heads, K, V});
-      kernels::kda_segment_map(stream, kda, m, e, workspace);
+      kernels::kda_segment_map(stream, kda, Tensor(), m, e, workspace);
       sp->scan(stream, m, e, state_in, workspace);
     }
-    kernels::kda_forward(stream, kda, state_in, o, Tensor(), workspace);
+    kernels::kda_forward(stream, kda, Tensor(), state_in, o, Tensor(), workspace);
     // Backward.
     if (sp != nullptr) {
-      kernels::kda_backward_map(stream, kda, d_o, e, workspace);
+      kernels::kda_backward_map(stream, kda, Tensor(), d_o, e, workspace);
       sp->scan_backward(stream, m, e, dstate_out, workspace);
     }
     const Tensor dq = take(kda.q.shape), dk = take(kda.q.shape), dv = take(kda.v.shape);
     kernels::kda_backward(
-        stream, kda, state_in, d_o, dstate_out,
+        stream, kda, Tensor(), state_in, d_o, dstate_out,
         {dq, dk, dv, out.df.tensor().view(kda.f.shape), out.db.tensor(), out.da_log.tensor(), out.ddt_bias.tensor()},
         Tensor(), workspace);
     const Tensor dy[] = {dq, dk, dv}, dx[] = {out.dq, out.dk, out.dv}, dw[] = {out.dwq, out.dwk, out.dwv};

@@ -109,7 +109,7 @@ template <class T>
 KdaOutputs<T> run_forward(const KdaCase<T>& c) {
   KdaOutputs<T> out{Owned<T>(c.v.shape()), Owned<T>(c.state_in.shape())};
   with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_forward(stream, c.inputs(), c.state_in, out.o, out.state_out, workspace);
+    kernels::kda_forward(stream, c.inputs(), Tensor(), c.state_in, out.o, out.state_out, workspace);
   });
   return out;
 }
@@ -122,7 +122,7 @@ KdaResults<T> run_backward(const KdaCase<T>& c) {
   g.da_log.fill(0);
   g.ddt_bias.fill(0);
   with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_backward(stream, c.inputs(), c.state_in, c.d_o, c.dstate_out,
+    kernels::kda_backward(stream, c.inputs(), Tensor(), c.state_in, c.d_o, c.dstate_out,
                           {g.dq, g.dk, g.dv, g.df, g.db, g.da_log, g.ddt_bias}, g.dstate_in, workspace);
   });
   return g;

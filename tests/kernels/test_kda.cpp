@@ -89,11 +89,11 @@ TEST(Kda, WithoutIncomingStateItIsZero) {
   Owned<double> o(c.v.shape()), dstate_in(c.state_in.shape());
   Owned<double> dq(c.q.shape()), dk(c.q.shape()), dv(c.v.shape()), df(c.q.shape()), db(c.b.shape());
   testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_forward(stream, c.inputs(), Tensor(), o, Tensor(), workspace);
+    kernels::kda_forward(stream, c.inputs(), Tensor(), Tensor(), o, Tensor(), workspace);
   });
   testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_backward(stream, c.inputs(), Tensor(), c.d_o, Tensor(), {dq, dk, dv, df, db, Tensor(), Tensor()},
-                          Tensor(), workspace);
+    kernels::kda_backward(stream, c.inputs(), Tensor(), Tensor(), c.d_o, Tensor(),
+                          {dq, dk, dv, df, db, Tensor(), Tensor()}, Tensor(), workspace);
   });
   EXPECT_TRUE(testing::same_bits(o, with.o));
   EXPECT_TRUE(testing::same_bits(dq, g.dq));
@@ -159,7 +159,7 @@ TEST(Kda, GradientsOfParametersAccumulate) {
   const auto g = run_backward(c);
   auto twice = run_backward(c);
   testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_backward(stream, c.inputs(), c.state_in, c.d_o, c.dstate_out,
+    kernels::kda_backward(stream, c.inputs(), Tensor(), c.state_in, c.d_o, c.dstate_out,
                           {twice.dq, twice.dk, twice.dv, twice.df, twice.db, twice.da_log, twice.ddt_bias},
                           twice.dstate_in, workspace);
   });
@@ -287,12 +287,14 @@ TEST(Kda, RejectsWrongShapesAndTypes) {
   Owned<float> wrong_type(c.v.shape());
   Arena workspace = Arena::measuring("workspace");
   const Stream dry = Stream::dry({});
-  EXPECT_NO_THROW(kernels::kda_forward(dry, c.inputs(), c.state_in, o, Tensor(), workspace));
-  EXPECT_THROW(kernels::kda_forward(dry, c.inputs(), c.state_in, short_o, Tensor(), workspace), InternalError);
-  EXPECT_THROW(kernels::kda_forward(dry, c.inputs(), c.state_in, wrong_type, Tensor(), workspace), InternalError);
+  EXPECT_NO_THROW(kernels::kda_forward(dry, c.inputs(), Tensor(), c.state_in, o, Tensor(), workspace));
+  EXPECT_THROW(kernels::kda_forward(dry, c.inputs(), Tensor(), c.state_in, short_o, Tensor(), workspace),
+               InternalError);
+  EXPECT_THROW(kernels::kda_forward(dry, c.inputs(), Tensor(), c.state_in, wrong_type, Tensor(), workspace),
+               InternalError);
   auto inputs = c.inputs();
   inputs.gate_lower_bound = 1.0f;
-  EXPECT_THROW(kernels::kda_forward(dry, inputs, c.state_in, o, Tensor(), workspace), InternalError);
+  EXPECT_THROW(kernels::kda_forward(dry, inputs, Tensor(), c.state_in, o, Tensor(), workspace), InternalError);
 }
 
 }  // namespace

@@ -110,10 +110,10 @@ void expect_split_equals_whole(const KdaCase<double>& whole, const KdaOutputs<do
   Maps maps(n, pieces);
   Owned<double> own(c.state_in.shape());
   testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_segment_map(stream, c.inputs(), maps.m, maps.e, workspace);
+    kernels::kda_segment_map(stream, c.inputs(), Tensor(), maps.m, maps.e, workspace);
   });
   testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-    kernels::kda_backward_map(stream, c.inputs(), c.d_o, own, workspace);
+    kernels::kda_backward_map(stream, c.inputs(), Tensor(), c.d_o, own, workspace);
   });
   std::vector<Maps> forward, backward;
   for (std::int64_t i = 0; i < pieces; ++i) {
@@ -156,10 +156,10 @@ TEST(KdaSegments, MapsReproduceStatesAndTheirGradients) {
       Maps maps(c.n, 3);
       Owned<double> own(c.state_in.shape()), state(c.state_in.shape()), dstate(c.state_in.shape());
       testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-        kernels::kda_segment_map(stream, c.inputs(), maps.m, maps.e, workspace);
+        kernels::kda_segment_map(stream, c.inputs(), Tensor(), maps.m, maps.e, workspace);
       });
       testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-        kernels::kda_backward_map(stream, c.inputs(), c.d_o, own, workspace);
+        kernels::kda_backward_map(stream, c.inputs(), Tensor(), c.d_o, own, workspace);
       });
       kernels::kda_apply_map(Stream::cpu(), maps.m, false, c.state_in, maps.e, state);
       kernels::kda_apply_map(Stream::cpu(), maps.m, true, c.dstate_out, own, dstate);
@@ -198,10 +198,11 @@ TEST(KdaSegments, FloatMapsKeepFloatAccuracy) {
     const auto f = c.cast<float>();
     Owned<float> m({n.segments, n.heads, n.k, n.k}), e(f.state_in.shape()), own(f.state_in.shape());
     Owned<float> state(f.state_in.shape()), dstate(f.state_in.shape());
-    testing::with_workspace(
-        [&](const Stream& stream, Arena& workspace) { kernels::kda_segment_map(stream, f.inputs(), m, e, workspace); });
     testing::with_workspace([&](const Stream& stream, Arena& workspace) {
-      kernels::kda_backward_map(stream, f.inputs(), f.d_o, own, workspace);
+      kernels::kda_segment_map(stream, f.inputs(), Tensor(), m, e, workspace);
+    });
+    testing::with_workspace([&](const Stream& stream, Arena& workspace) {
+      kernels::kda_backward_map(stream, f.inputs(), Tensor(), f.d_o, own, workspace);
     });
     kernels::kda_apply_map(Stream::cpu(), m, false, f.state_in, e, state);
     kernels::kda_apply_map(Stream::cpu(), m, true, f.dstate_out, own, dstate);

@@ -23,9 +23,9 @@ def address(t):
 class Library:
     def __init__(self, path):
         self.lib = ctypes.CDLL(path)
-        for f in (self.lib.kda_forward_workspace, self.lib.kda_backward_workspace):
+        for f in (self.lib.kda_records_bytes, self.lib.kda_backward_workspace, self.lib.kda_map_workspace):
             f.restype = ctypes.c_size_t
-        self.memory = None
+        self.memory = {}
 
     def problem(self, x):
         """x: dict of tensors and numbers named as in Problem."""
@@ -33,11 +33,15 @@ class Library:
         return Problem(*(address(x[n]) for n in ('q', 'k', 'v', 'f', 'b', 'a_log', 'dt_bias', 'start')), x['scale'],
                        x['bound'], S, L, H, K)
 
-    def workspace(self, size):
-        if self.memory is None or self.memory.numel() < size:
-            self.memory = None
-            self.memory = torch.empty(size, dtype=torch.uint8, device='cuda')
-        return Pointer(self.memory.data_ptr())
+    def take(self, kind, size):
+        """Memory of that size at least, the same for every call until it must grow."""
+        if kind not in self.memory or self.memory[kind].numel() < size:
+            self.memory[kind] = None
+            self.memory[kind] = torch.empty(size, dtype=torch.uint8, device='cuda')
+        return Pointer(self.memory[kind].data_ptr())
+
+    def records(self, p):
+        return self.take('records', self.lib.kda_records_bytes(ctypes.byref(p)))
 
     @staticmethod
     def stream():
@@ -49,35 +53,34 @@ class Library:
             raise RuntimeError(f'CUDA error {status}')
 
     def poison(self):
-        if self.memory is not None:
-            self.memory.fill_(0xff)  # NaN as float and as bf16
+        for memory in self.memory.values():
+            memory.fill_(0xff)  # NaN as float and as bf16
 
-    def forward(self, x, state_in, o, state_out):
+    def forward(self, x, state_in, o, state_out, prepared=False):
+        """prepared: the call before was for the same inputs."""
         p = self.problem(x)
-        memory = self.workspace(self.lib.kda_forward_workspace(ctypes.byref(p)))
-        self.check(self.lib.kda_forward(ctypes.byref(p), Pointer(address(state_in)), Pointer(address(o)),
-                                        Pointer(address(state_out)), memory, self.stream()))
+        self.check(self.lib.kda_forward(ctypes.byref(p), self.records(p), int(prepared), Pointer(address(state_in)),
+                                        Pointer(address(o)), Pointer(address(state_out)), self.stream()))
 
-    def backward(self, x, state_in, d_o, dstate_out, gradients, dstate_in):
+    def backward(self, x, state_in, d_o, dstate_out, gradients, dstate_in, prepared=False):
         """gradients: dict of tensors named as in Gradients."""
         p = self.problem(x)
         g = Gradients(*(address(gradients.get(n)) for n, _ in Gradients._fields_))
-        memory = self.workspace(self.lib.kda_backward_workspace(ctypes.byref(p)))
-        self.check(self.lib.kda_backward(ctypes.byref(p), Pointer(address(state_in)), Pointer(address(d_o)),
-                                         Pointer(address(dstate_out)), ctypes.byref(g), Pointer(address(dstate_in)),
-                                         memory, self.stream()))
+        memory = self.take('backward', self.lib.kda_backward_workspace(ctypes.byref(p)))
+        self.check(self.lib.kda_backward(ctypes.byref(p), self.records(p), int(prepared), Pointer(address(state_in)),
+                                         Pointer(address(d_o)), Pointer(address(dstate_out)), ctypes.byref(g),
+                                         Pointer(address(dstate_in)), memory, self.stream()))
 
     def segment_map(self, x, m, e):
         p = self.problem(x)
-        memory = self.workspace(self.lib.kda_forward_workspace(ctypes.byref(p)))
-        self.check(self.lib.kda_segment_map(ctypes.byref(p), Pointer(address(m)), Pointer(address(e)), memory,
-                                            self.stream()))
+        memory = self.take('map', self.lib.kda_map_workspace(ctypes.byref(p)))
+        self.check(self.lib.kda_segment_map(ctypes.byref(p), self.records(p), Pointer(address(m)), Pointer(address(e)),
+                                            memory, self.stream()))
 
     def backward_map(self, x, d_o, e):
         p = self.problem(x)
-        memory = self.workspace(self.lib.kda_forward_workspace(ctypes.byref(p)))
-        self.check(self.lib.kda_backward_map(ctypes.byref(p), Pointer(address(d_o)), Pointer(address(e)), memory,
-                                             self.stream()))
+        self.check(self.lib.kda_backward_map(ctypes.byref(p), self.records(p), Pointer(address(d_o)),
+                                             Pointer(address(e)), self.stream()))
 
     def multiply_add(self, a, transpose, b, c, out):
         n, rows, columns = b.shape[0] * b.shape[1], b.shape[2], b.shape[3]
