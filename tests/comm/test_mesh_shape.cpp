@@ -53,6 +53,27 @@ TEST(MeshShape, RankAndCoordinateAreInverse) {
   EXPECT_THROW(shape.coordinate_of(24), InternalError);
 }
 
+TEST(PlannedMesh, TakesTheWorkspaceOfItsDevice) {
+  for (const Device device : {Device(), Device{Device::Kind::cuda, 0}}) {
+    Mesh mesh({4, 1, 1}, 2, device);
+    const Stream dry = Stream::dry(device);
+    Arena workspace = Arena::measuring("workspace", device);
+    Communicator& data = mesh[Axis::data];
+    const auto tensor = [&](DType dtype, std::int64_t n) {
+      return Arena::measuring("tensors", device).allocate(dtype, {n}, "x");
+    };
+    data.all_reduce_sum(dry, tensor(DType::f32, 1024), Purpose::gradients, workspace);
+    data.reduce_scatter_sum(dry, tensor(DType::f32, 4096), tensor(DType::f32, 1024), Purpose::gradients, workspace);
+    if (device.is_cpu()) {
+      EXPECT_EQ(workspace.peak(), 3u * 1024 * 4) << "a part from every peer";
+      EXPECT_THROW(data.all_reduce_sum(dry, tensor(DType::bf16, 8), Purpose::gradients, workspace), InternalError);
+    } else {
+      EXPECT_EQ(workspace.peak(), 0u);
+      data.all_reduce_sum(dry, tensor(DType::bf16, 8), Purpose::gradients, workspace);
+    }
+  }
+}
+
 TEST(MeshShape, GroupRanks) {
   const MeshShape shape{2, 3, 4};
   EXPECT_EQ(shape.group_ranks(Axis::sequence, 6), (std::vector<int>{4, 5, 6, 7}));

@@ -12,11 +12,13 @@ namespace {
 using testing::MeshCase;
 using testing::MeshJob;
 
-/// The ranks as so many copies of the model, or with `pipeline` of them in a pipeline.
-MeshCase data_parallel(const std::string& student, int pipeline = 1) {
+/// `pipeline` stages, each on so many ranks that share the batch, of 8 sequences, where it can be shared, or else its
+/// sequences.
+MeshCase case_of(const std::string& student, int pipeline) {
+  const int peers = testing::runtime().size() / pipeline;
   MeshCase c;
   c.student = student;
-  c.shape = {testing::runtime().size() / pipeline, pipeline, 1};
+  c.shape = 8 % peers == 0 ? MeshShape{peers, pipeline, 1} : MeshShape{1, pipeline, peers};
   return c;
 }
 
@@ -45,7 +47,7 @@ std::uint64_t bytes_of_trained(const ParameterTable& table, int peers) {
 
 TEST(BucketExchange, BucketsThatAStageDoesNotTrainSendNothing) {
   const int pipeline = testing::runtime().size() % 2 == 0 ? 2 : 1;
-  const MeshCase c = data_parallel("hybrid", pipeline);
+  const MeshCase c = case_of("hybrid", pipeline);
   Mesh mesh(testing::runtime(), c.shape);
   MeshJob job(c, mesh, DType::f32, 4, add_frozen_stage);
   ParameterTable& table = job.trainer().models().student_parameters();
@@ -83,7 +85,7 @@ TEST(BucketExchange, BucketsThatAStageDoesNotTrainSendNothing) {
 
 TEST(BucketExchange, AStepOnManyRanksAllocatesNothing) {
   for (const char* student : {"hybrid", "llama"}) {
-    const MeshCase c = data_parallel(student);
+    const MeshCase c = case_of(student, 1);
     Mesh mesh(testing::runtime(), c.shape);
     MeshJob job(c, mesh, DType::f32, 4);
     for (std::int64_t n = 0; n < 2; ++n) job.step(n);  // lists take their memory once

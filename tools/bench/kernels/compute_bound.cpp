@@ -90,7 +90,7 @@ void kda(Bench& b, std::int64_t tokens) {
   const auto pairs = static_cast<double>(tokens * heads);
   const std::string shape = std::to_string(tokens) + " tokens";
   b.measure("kda_forward", shape, bytes_of({in.q, in.k, in.v, in.f, in.b, o}), 182e3 * pairs,
-            [&] { kernels::kda_forward(s, in, Tensor(), o, Tensor(), b.workspace()); });
+            [&] { kernels::kda_forward(s, in, Tensor(), Tensor(), o, Tensor(), b.workspace()); });
   kernels::KdaGradients g;
   g.dq = b.empty(model, rows);
   g.dk = b.empty(model, rows);
@@ -100,7 +100,8 @@ void kda(Bench& b, std::int64_t tokens) {
   g.da_log = b.normal(DType::f32, {heads});
   g.ddt_bias = b.normal(DType::f32, {heads, head_dim});
   b.measure("kda_backward", shape, bytes_of({in.q, in.k, in.v, in.f, in.b, d_o, g.dq, g.dk, g.dv, g.df, g.db}),
-            475e3 * pairs, [&] { kernels::kda_backward(s, in, Tensor(), d_o, Tensor(), g, Tensor(), b.workspace()); });
+            475e3 * pairs,
+            [&] { kernels::kda_backward(s, in, Tensor(), Tensor(), d_o, Tensor(), g, Tensor(), b.workspace()); });
 }
 
 }  // namespace
