@@ -69,32 +69,7 @@ __device__ __forceinline__ uint4 philox(std::uint64_t key, std::uint64_t stream,
 /// A float's bits after `random` in [0, 2^16) was added below those that a bfloat16 keeps, the upper half.
 __device__ __forceinline__ std::uint32_t add_below(float x, std::uint32_t random) {
   const std::uint32_t b = __float_as_uint(x);
-  return x != x ? b | 0x400000u : b + random;  // NaN stays NaN
-}
-
-// Roots and quotients rounded as IEEE 754 asks, so that they are the CPU's: an approximation, improved until the last
-// residual decides. What the compiler makes of sqrtf and a division is the same with a branch to a detour for operands
-// at the ends of the range, which keeps the elements of a pack from being computed side by side.
-
-/// Of x finite and not negative.
-__device__ __forceinline__ float square_root(float x) {
-  const bool small = x < 0x1p-60f;
-  const float scaled = small ? x * 0x1p64f : x;
-  float inverse;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(scaled));
-  float root = scaled * inverse;
-  root = fmaf(fmaf(-root, root, scaled), 0.5f * inverse, root);
-  return x > 0.0f ? (small ? root * 0x1p-32f : root) : x;
-}
-
-/// a / b, the last bit aside where a is below 2^-100; b in [2^-100, 2^100].
-__device__ __forceinline__ float quotient(float a, float b) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
-  inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
-  float q = a * inverse;
-  q = fmaf(fmaf(-b, q, a), inverse, q);
-  return fmaf(fmaf(-b, q, a), inverse, q);
+  return (b & 0x7fffffffu) > 0x7f800000u ? b | 0x400000u : b + random;  // NaN stays NaN
 }
 
 struct AdamWBits {
@@ -141,7 +116,7 @@ struct AdamWBits {
         const float x = c.gradient_scale * g[j];
         const float mean = fmaf(c.beta1, m[j], c.rest1 * x);
         const float square = fmaf(c.beta2, v[j], c.rest2 * x * x);
-        const float step_size = quotient(c.rate * mean, fmaf(square_root(square), c.correction, c.epsilon));
+        const float step_size = c.rate * mean / fmaf(sqrtf(square), c.correction, c.epsilon);
         bits_w[k] = add_below(fmaf(c.keep, w[j], -step_size), a & 0xffffu);
         bits_m[k] = add_below(mean, a >> 16);
         bits_v[k] = add_below(square, b & 0xffffu);

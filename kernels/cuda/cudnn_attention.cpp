@@ -116,7 +116,7 @@ class Builder {
   void give_query_layout(Attributes& t, Id id) const {
     give_layout(t, id, kind_.heads, kind_.queries, kind_.query_row, query_offsets_);
   }
-  /// k, v and their gradients share offsets: cuDNN's deterministic backward knows no others.
+  /// k, v and their gradients share offsets: with others cuDNN's deterministic backward leaves gradients unwritten.
   void give_key_layout(Attributes& t, Id id) const {
     give_layout(t, id, kind_.kv_heads, kind_.keys, kind_.key_row, key_offsets_);
   }

@@ -47,17 +47,19 @@ constexpr int tile_columns = 32 * scatter_width;  // of a block: a warp has them
 constexpr int buckets_log2 = 8;                   // 256: about 128 places a block at 32,768 tokens
 constexpr int ids_each = 8;                       // that a thread looks at in a turn
 constexpr int turn = scatter_threads * ids_each;  // ids
-constexpr int most_places = 2 * turn;             // of a list: it is worked off when another turn might not fit
+constexpr int most_places = turn + 2048;          // of a list: it is worked off when another turn might not fit
 constexpr int many = 32;                          // rows of one token that all warps share
-/// Rows that a thread has in flight: 128 bytes.
+/// Rows of a token that a thread has in flight.
 template <class T>
-inline constexpr int in_flight = 16 / static_cast<int>(sizeof(T));
+inline constexpr int in_flight = 8 / static_cast<int>(sizeof(T));
 
 struct Scatter {
   std::int32_t place[most_places], token[most_places];
   float sums[scatter_warps][tile_columns];
   int counts[scatter_warps];
-  int frequent[most_places / many + 1], frequent_count;  // entries where tokens of `many` rows and more first occur
+  // Entries where tokens first occur: of fewer than `many` rows, twice the entry and 1 for more than one; the others.
+  std::uint16_t first[most_places], frequent[most_places / many + 1];
+  int first_count, frequent_count;
 };
 
 /// The bucket of a token: the upper bits of a multiplicative hash (Knuth's constant, 2^32 over the golden ratio).
@@ -95,6 +97,9 @@ struct Columns {
         for (int j = 0; j < scatter_width; ++j) sum[j] += v[j];
       }
     }
+  }
+  __device__ __forceinline__ void read_row(std::int32_t place, Pack<T, scatter_width>& row) const {
+    if (count > 0) row.template load<aligned>(dout + place * d + first, count);
   }
   __device__ __forceinline__ void read_table(std::int32_t token, Pack<float, scatter_width>& row) const {
     if (count > 0) row.template load<aligned>(dtable + token * d + first, count);
@@ -150,9 +155,9 @@ __device__ __forceinline__ bool is_first(const Scatter& list, int entry, std::in
 template <class T, bool aligned>
 __device__ void work_off(Scatter& list, int size, const Columns<T, aligned>& columns) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) list.frequent_count = 0;
+  if (threadIdx.x == 0) list.first_count = list.frequent_count = 0;
   __syncthreads();
-  // A warp an entry where a token first occurs; tokens of many rows are put off.
+  // Where tokens first occur, a warp an entry; the order of what is found does not matter.
   for (int entry = warp; entry < size; entry += scatter_warps) {
     const std::int32_t token = list.token[entry];
     if (!is_first(list, entry, token)) continue;
@@ -160,17 +165,37 @@ __device__ void work_off(Scatter& list, int size, const Columns<T, aligned>& col
     for (int at = entry; at < size; at += 32) {
       rows += __popc(__ballot_sync(0xffffffffu, at + lane < size && list.token[at + lane] == token));
     }
+    if (lane != 0) continue;
     if (rows >= many) {
-      if (lane == 0) list.frequent[atomicAdd(&list.frequent_count, 1)] = entry;  // in whatever order
-      continue;
+      list.frequent[atomicAdd(&list.frequent_count, 1)] = static_cast<std::uint16_t>(entry);
+    } else {
+      list.first[atomicAdd(&list.first_count, 1)] = static_cast<std::uint16_t>(2 * entry + (rows > 1 ? 1 : 0));
     }
-    Pack<float, scatter_width> row;
-    columns.read_table(token, row);
-    float sum[scatter_width] = {};
-    columns.add_rows(list, Occurrences(list, token, size, entry), sum);
-    columns.add_to_table(token, row, sum);
   }
   __syncthreads();
+  // A warp a token, the next one's rows on their way.
+  Pack<T, scatter_width> next_row;
+  Pack<float, scatter_width> next_old;
+  int next = 0;
+  const auto fetch = [&](int i) {
+    if (i >= list.first_count) return;
+    next = list.first[i];
+    columns.read_row(list.place[next / 2], next_row);
+    columns.read_table(list.token[next / 2], next_old);
+  };
+  fetch(warp);
+  for (int i = warp; i < list.first_count; i += scatter_warps) {
+    const int entry = next / 2;
+    const bool others = next % 2 == 1;
+    const Pack<T, scatter_width> row = next_row;
+    Pack<float, scatter_width> old = next_old;
+    fetch(i + scatter_warps);
+    const std::int32_t token = list.token[entry];
+    float sum[scatter_width];
+    row.get(sum);
+    if (others) columns.add_rows(list, Occurrences(list, token, size, entry + 1), sum);
+    columns.add_to_table(token, old, sum);
+  }
   // Tokens of many rows: each warp adds those in its part of the list, the parts are added in order.
   const int part = (size + scatter_warps - 1) / scatter_warps;
   const int begin = warp * part, end = begin + part < size ? begin + part : size;
@@ -208,12 +233,20 @@ __global__ void __launch_bounds__(scatter_threads, 3)
   const Columns<T, aligned> columns{dout, dtable, d, first,
                                     static_cast<int>(d - first < scatter_width ? d - first : scatter_width)};
   int size = 0;
+  std::int32_t next[ids_each];
+  // A warp looks at 256 ids that follow each other, a lane at every 32nd.
+  const auto fetch = [&](std::int64_t begin) {
+    const std::int64_t from = begin + warp * (32 * ids_each) + lane;
+#pragma unroll
+    for (int k = 0; k < ids_each; ++k) next[k] = from + 32 * k < length ? tokens[from + 32 * k] : -1;
+  };
+  fetch(0);
   for (std::int64_t begin = 0; begin < length; begin += turn) {
-    // A warp looks at 256 ids that follow each other, a lane at every 32nd.
     const std::int64_t from = begin + warp * (32 * ids_each) + lane;
     std::int32_t id[ids_each];
 #pragma unroll
-    for (int k = 0; k < ids_each; ++k) id[k] = from + 32 * k < length ? tokens[from + 32 * k] : -1;
+    for (int k = 0; k < ids_each; ++k) id[k] = next[k];
+    fetch(begin + turn);
     std::uint32_t match[ids_each];
     int found = 0;
 #pragma unroll
@@ -241,6 +274,7 @@ __global__ void __launch_bounds__(scatter_threads, 3)
     if (size > most_places - turn || begin + turn >= length) {
       work_off(list, size, columns);
       size = 0;
+      fetch(begin + turn);  // again: they need not be kept while rows are added
     }
   }
 }

@@ -44,7 +44,8 @@ class HiddenLossCuda : public testing::CudaTest {
     }
     const double size[] = {minuend, sums[1] - 0.25};
     for (int i = 0; i < 2; ++i) EXPECT_NEAR(gsums.host()[i], sums[i], 1e-6 * size[i] + 1e-15) << i;
-    EXPECT_LT(relative_rms(gds.host(), ds), testing::rounding_error(gradient));
+    // Of two channels the gradient is a difference of terms several times its size.
+    EXPECT_LT(relative_rms(gds.host(), ds), (d == 2 ? 8 : 1) * testing::rounding_error(gradient));
     kernels::hidden_loss(stream(), gs, gt, gl, cosine_scale, mse_scale, again, again_sums, workspace());
     expect_same_bits(again, gds, "d_student");
     expect_same_bits(again_sums, gsums, "sums");
