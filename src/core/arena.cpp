@@ -3,14 +3,20 @@
 #include "core/device_memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 namespace deltapipe {
 namespace {
 
-// First address of a measuring arena: not null, so that views stay "present", and never mapped, so that touching one
-// faults at once.
-std::byte* unmapped_base() { return reinterpret_cast<std::byte*>(std::uintptr_t{1} << 20); }
+// First address of a measuring arena: not null, so that views stay "present"; no address that a processor knows, so
+// that touching one faults at once; and far from other arenas', since operations ask whether tensors are the same
+// memory.
+std::byte* unmapped_base() {
+  static std::atomic<std::uintptr_t> count{0};
+  constexpr int most = 1024;  // at a time, about
+  return reinterpret_cast<std::byte*>((std::uintptr_t{1} << 62) + (count++ % most << 50));
+}
 
 std::size_t aligned(std::size_t bytes) { return (bytes + Arena::alignment - 1) / Arena::alignment * Arena::alignment; }
 
