@@ -22,8 +22,8 @@ struct Releaser {
 class TracedCall {
  public:
   TracedCall(const Communicator& communicator, const Stream& stream, Purpose purpose, const char* name) {
-    if (!trace::is_on() || inside_ || communicator.size() == 1 || stream.is_dry()) return;
-    inside_ = true;
+    if (!trace::is_on() || open_ != nullptr || communicator.size() == 1 || stream.is_dry()) return;
+    open_ = this;
     communicator_ = &communicator;
     before_ = communicator.traffic(purpose);
     purpose_ = purpose;
@@ -35,18 +35,29 @@ class TracedCall {
   }
   ~TracedCall() {
     if (communicator_ == nullptr) return;
-    inside_ = false;
+    open_ = nullptr;
     const Traffic& now = communicator_->traffic(purpose_);
-    event_.messages = now.messages - before_.messages;
-    event_.bytes = now.bytes - before_.bytes;
+    event_.messages += now.messages - before_.messages;
+    event_.bytes += now.bytes - before_.bytes;
     event_.end_ns = trace::now_ns();
     trace::record(event_);
+  }
+  /// Counts what was sent before, unless this call is part of another.
+  void take(Traffic& sent) {
+    if (communicator_ == nullptr) return;
+    event_.messages += sent.messages;
+    event_.bytes += sent.bytes;
+    sent = {};
+  }
+  /// Whether what `communicator` sends now is counted by the open span.
+  static bool counts(const Communicator* communicator, Purpose purpose) {
+    return open_ != nullptr && open_->communicator_ == communicator && open_->purpose_ == purpose;
   }
   TracedCall(const TracedCall&) = delete;
   TracedCall& operator=(const TracedCall&) = delete;
 
  private:
-  static inline bool inside_ = false;  // communication is one thread's alone
+  static inline const TracedCall* open_ = nullptr;  // communication is one thread's alone
   const Communicator* communicator_ = nullptr;
   Traffic before_;
   Purpose purpose_ = Purpose::control;
@@ -108,7 +119,10 @@ bool Pending::test() {
 void Pending::wait(const Stream& stream) {
   if (operation_ == nullptr) return;
   std::optional<TracedCall> call;
-  if (traced_ != nullptr) call.emplace(*traced_, stream, purpose_, wait_name_);
+  if (traced_ != nullptr) {
+    call.emplace(*traced_, stream, purpose_, wait_name_);
+    call->take(traced_->late_[static_cast<std::size_t>(purpose_)]);
+  }
   const Releaser release{std::exchange(operation_, nullptr)};
   release.operation->wait(stream);
 }
@@ -121,6 +135,10 @@ void Communicator::count_message(Purpose purpose, std::size_t bytes) {
   Traffic& t = traffic_[static_cast<std::size_t>(purpose)];
   ++t.messages;
   t.bytes += bytes;
+  if (!trace::is_on() || TracedCall::counts(this, purpose)) return;
+  Traffic& late = late_[static_cast<std::size_t>(purpose)];
+  ++late.messages;
+  late.bytes += bytes;
 }
 
 Pending Communicator::start_checked_exchange(const Stream& stream, std::span<const Transfer> sends,

@@ -154,7 +154,7 @@ class Communicator {
   void barrier(const Stream& stream, Purpose purpose = Purpose::control);
 
   const Traffic& traffic(Purpose purpose) const { return traffic_[static_cast<std::size_t>(purpose)]; }
-  void reset_traffic() { traffic_ = {}; }
+  void reset_traffic() { traffic_ = late_ = {}; }
 
  protected:
   Communicator(int rank, int size, std::string axis);
@@ -186,6 +186,9 @@ class Communicator {
   int rank_, size_;
   std::string axis_;
   std::array<Traffic, purpose_count> traffic_{};
+  // Sent by started operations within spans of other calls, which make progress for all: the next wait's in a trace.
+  mutable std::array<Traffic, purpose_count> late_{};
+  friend class Pending;
 };
 
 /// An axis of one rank: reductions leave and gathers copy what they are given; nothing is counted.

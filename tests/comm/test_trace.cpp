@@ -3,6 +3,7 @@
 #include "tests/comm/testing.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace deltapipe {
 namespace {
@@ -97,6 +98,23 @@ TEST_F(TraceOf, StartsAndWaits) {
                                                     "wait for exchange"}));
   EXPECT_EQ(trace::events()[0].bytes, 56u);
   EXPECT_EQ(trace::events()[3].bytes, 0u);
+  expect_counted();
+}
+
+// A sum of several blocks sends the later ones whenever anybody waits.
+TEST_F(TraceOf, WhatIsSentWhileOthersWaitIsTheWaitsOfItsOwn) {
+  const int n = world.size();
+  if (n == 1) return;
+  const std::size_t usual = std::exchange(runtime().settings().reduce_bytes, 1);
+  constexpr std::int64_t block = 256, rest = 7;  // elements: the smallest block, and what remains for a second one
+  Owned<double> whole({n * (block + rest)}), part({block + rest});
+  whole.fill(1);
+  Pending sum = world.start_reduce_scatter_sum(stream, whole, part, Purpose::gradients, workspace);
+  for (int i = 0; i < 5; ++i) world.barrier(stream);  // the first block arrives
+  sum.wait(stream);
+  runtime().settings().reduce_bytes = usual;
+  EXPECT_EQ(names().back(), "wait for reduce_scatter_sum");
+  EXPECT_EQ(trace::events().back().bytes, static_cast<std::uint64_t>((n - 1) * rest) * sizeof(double));
   expect_counted();
 }
 
