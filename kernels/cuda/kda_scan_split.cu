@@ -505,7 +505,6 @@ __global__ void __launch_bounds__(threads, 1)
       state[n][2] += y.z;
       state[n][3] += y.w;
     }
-    if (c + 1 < chunks) group_arrive<64>(empty);
     // Y = A^T dv_new
     std::uint32_t own[2][4], other[2][4];
 #pragma unroll
@@ -514,6 +513,7 @@ __global__ void __launch_bounds__(threads, 1)
       put(x.middle, half.own[m], own[m], lane);
     }
     group_sync<64>(barriers.chain);
+    if (c + 1 < chunks) group_arrive<64>(empty);
     if (io.dstates != nullptr) {
 #pragma unroll
       for (int n = 0; n < frags; ++n) {
