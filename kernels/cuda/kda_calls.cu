@@ -48,6 +48,25 @@ struct MapWorkspace {
   }
 };
 
+std::size_t records_alone(const Problem& p) {
+  return p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes);
+}
+
+/// Whether records are prepared while a split scan, which waits for latency on some of the multiprocessors, reads them.
+constexpr bool prepare_beside = false;
+
+/// The scan of one chunk of all heads takes about as long as 0.18 multiprocessors need to prepare a chunk of one head
+/// (H100, K = 128: 1.28 us beside 7.2); four fifths of what the spare ones could do is left to them.
+Pace pace_of(const Problem& p, void* records, bool backwards) {
+  const int spare = spare_processors(p), heads = p.segments * p.heads;
+  if (!prepare_beside || spare < 16) return {};
+  const double share = 0.8 * 0.18 * spare / heads;
+  return {.ready = reinterpret_cast<int*>(static_cast<std::uint8_t*>(records) + records_alone(p)),
+          .late_chunks = static_cast<int>(p.chunks() * (share < 0.9 ? share : 0.9)),
+          .late_blocks = spare,
+          .backwards = backwards};
+}
+
 /// The first error of a sequence of calls; later ones are skipped.
 class Status {
  public:
@@ -66,15 +85,15 @@ class Status {
 
 bool supports(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
-std::size_t records_bytes(const Problem& p) {
-  return p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes);
-}
+// Behind the records: a flag each.
+std::size_t records_bytes(const Problem& p) { return records_alone(p) + p.head_chunks() * sizeof(int); }
 
 cudaError_t forward(const Problem& p, void* records, bool prepared, const float* state_in, std::uint16_t* o,
                     float* state_out, cudaStream_t stream) {
-  const ForwardScan scan{.records = records, .state_in = state_in, .state_out = state_out, .o = o};
+  const Pace pace = prepared ? Pace{} : pace_of(p, records, false);
+  const ForwardScan scan{.records = records, .state_in = state_in, .state_out = state_out, .o = o, .ready = pace.ready};
   return Status()
-      .then([&] { return prepared ? cudaSuccess : prepare(p, records, stream); })
+      .then([&] { return prepared ? cudaSuccess : prepare(p, records, pace, stream); })
       .then([&] { return scan_forward(p, scan, stream); })
       .error();
 }
@@ -90,16 +109,18 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
                      cudaStream_t stream) {
   Carver carver(workspace);
   const BackwardWorkspace w(carver, p);
+  const Pace pace = prepared ? Pace{} : pace_of(p, records, true);
   const ForwardScan states{.records = records, .state_in = state_in, .states = w.states, .v_new = w.v_new};
   const ReverseScan dstates{.records = records,
                             .d_o = d_o,
                             .dstate_out = dstate_out,
                             .dstate_in = dstate_in,
                             .dstates = w.dstates,
-                            .minus_y = w.minus_y};
+                            .minus_y = w.minus_y,
+                            .ready = pace.ready};
   const ChunkGradients chunks{d_o, w.states, w.dstates, w.v_new, w.minus_y, gradients, w.sums};
   return Status()
-      .then([&] { return prepared ? cudaSuccess : prepare(p, records, stream); })
+      .then([&] { return prepared ? cudaSuccess : prepare(p, records, pace, stream); })
       .then([&] { return scan_reverse(p, dstates, stream); })
       .then([&] { return scan_forward(p, states, stream); })
       .then([&] { return chunk_gradients(p, chunks, stream); })
@@ -121,16 +142,17 @@ cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, voi
   const MapWorkspace w(carver, p);
   const bool whole = w.pieces == 1;
   return Status()
-      .then([&] { return prepare(p, records, stream); })
+      .then([&] { return prepare(p, records, {}, stream); })
       .then([&] { return scan_maps(p, records, w.pieces, whole ? m : w.m, whole ? e : w.e, stream); })
       .then([&] { return whole ? cudaSuccess : join_maps(p, w.pieces, w.m, w.e, m, e, stream); })
       .error();
 }
 
 cudaError_t backward_map(const Problem& p, void* records, const std::uint16_t* d_o, float* e, cudaStream_t stream) {
-  const ReverseScan scan{.records = records, .d_o = d_o, .dstate_in = e};
+  const Pace pace = pace_of(p, records, true);
+  const ReverseScan scan{.records = records, .d_o = d_o, .dstate_in = e, .ready = pace.ready};
   return Status()
-      .then([&] { return prepare(p, records, stream); })
+      .then([&] { return prepare(p, records, pace, stream); })
       .then([&] { return scan_reverse(p, scan, stream); })
       .error();
 }

@@ -158,6 +158,24 @@ template <int threads>
 __device__ __forceinline__ void group_arrive(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
+/// Lets the next kernel of the stream, if it was launched to run beside this one, start once every block has called
+/// this.
+__device__ __forceinline__ void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+/// Waits for the end of the kernel that this one runs beside, if any: who follows in the stream counts on both.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+/// Tells other multiprocessors of what this thread has written to global memory, and what barriers have ordered before.
+__device__ __forceinline__ void set_flag(int* flag) {
+  asm volatile(
+      "fence.acq_rel.gpu;\n"
+      "fence.proxy.async;\n"
+      "st.release.gpu.s32 [%0], 1;" ::"l"(flag)
+      : "memory");
+}
+__device__ __forceinline__ bool flag_is_set(const int* flag) {
+  int x;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+  return x != 0;
+}
 /// Registers a thread, for a group of four warps: more, or fewer, than the kernel started with.
 template <bool more, int count>
 __device__ __forceinline__ void set_registers() {
@@ -270,15 +288,15 @@ struct Share {
   __device__ __forceinline__ explicit Share(int thread) : pair(thread % (K / 2)), block(thread / (K / 2)) {}
 };
 
-/// Where a chunk of a head lies in the inputs.
+/// Where a chunk of a head lies in the inputs. Chunks of all heads follow each other in time.
 struct Place {
   int segment, head, chunk, tokens;
   std::size_t first;  // (segment * length + first token) * heads + head
-  __device__ __forceinline__ Place(const Problem& p, int chunks, int index) {
+  __device__ __forceinline__ Place(const Problem& p, int index) {
+    const int heads = p.segments * p.heads;
+    chunk = index / heads;
+    segment = index % heads / p.heads;
     head = index % p.heads;
-    const int rest = index / p.heads;
-    chunk = rest % chunks;
-    segment = rest / chunks;
     tokens = min(chunk_tokens, p.length - chunk * chunk_tokens);
     first = (static_cast<std::size_t>(segment) * p.length + chunk * chunk_tokens) * p.heads + head;
   }

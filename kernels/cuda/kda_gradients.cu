@@ -76,12 +76,12 @@ __global__ void __launch_bounds__(4 * K, 1)
   int index = blockIdx.x;
   Ahead ahead;
   {
-    const Place at(p, chunks, index);
+    const Place at(p, index);
     fetch_early<K>(p, io, at, at.slot(p, chunks), s, 0, threadIdx.x, ahead);
   }
   for (int side = 0;; side ^= 1) {  // also the parity of the barriers
     const int thread = anew(threadIdx.x);
-    const Place at(p, chunks, index);
+    const Place at(p, index);
     const std::size_t slot = at.slot(p, chunks);
     store_tokens(t, at, thread, ahead);
     copy_async_wait<0>();
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(4 * K, 1)
 
     const int next = index + static_cast<int>(gridDim.x);
     if (next < count) {
-      const Place to(p, chunks, next);
+      const Place to(p, next);
       const std::size_t there = to.slot(p, chunks);
       fetch_early<K>(p, io, to, there, s, 1 - side, thread, ahead);
       prefetch_late<K>(p, io, to, there, thread);

@@ -59,8 +59,16 @@ cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool tran
 
 // The phases.
 
+/// How records are prepared while a scan reads them: chunks in the scan's order, and from some point on by fewer
+/// multiprocessors than there are, so that the scan has the others.
+struct Pace {
+  int* ready = nullptr;  // [S, H, NC], set as a record becomes ready; null: the next kernel waits for all
+  int late_chunks = 0;   // prepared by late_blocks blocks alone
+  int late_blocks = 0;
+  bool backwards = false;  // the last chunk first
+};
 /// Records of every chunk (see kda_common.cuh), everything that needs no state.
-cudaError_t prepare(const Problem& p, void* records, cudaStream_t stream);
+cudaError_t prepare(const Problem& p, void* records, const Pace& pace, cudaStream_t stream);
 
 /// Forward scan. Either o (outputs) or states + v_new (for backward).
 struct ForwardScan {
@@ -70,6 +78,7 @@ struct ForwardScan {
   std::uint16_t* o = nullptr;       // [S, L, H, V]
   std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
   std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
+  const int* ready = nullptr;       // of the prepare queued just before, which may still run
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 
@@ -89,8 +98,12 @@ struct ReverseScan {
   float* dstate_in = nullptr;
   std::uint16_t* dstates = nullptr;  // per chunk: gradient of the outgoing state, [V, K] in 8x8 tiles
   std::uint16_t* minus_y = nullptr;  // per chunk: minus the gradient of rhs, [V, 64] in 8x8 tiles
+  const int* ready = nullptr;        // as in ForwardScan
 };
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream);
+
+/// Multiprocessors that neither scan takes.
+int spare_processors(const Problem& p);
 
 /// All gradients of every chunk; sums [S, H, NC, K + 1]: each chunk's ddt_bias, then da_log.
 struct ChunkGradients {

@@ -116,11 +116,10 @@ __global__ void __launch_bounds__(2 * K + 32, 1)
   }
   __syncthreads();
   if (warp == warps) {
-    if (lane != 0) return;
     const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
     produce<Shared<K>::stages, Record<K>::state_bytes>(
         s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
-        Record<K>::bytes, count);
+        Record<K>::bytes, count, nullptr, lane);
     return;
   }
   const std::size_t out = static_cast<std::size_t>(index) * K * K;
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(join_threads)
 
 template <int K>
 cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
-  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), stream, p, s);
+  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), false, stream, p, s);
 }
 
 template <int K>

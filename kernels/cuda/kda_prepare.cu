@@ -15,7 +15,7 @@ constexpr int square_row = chunk_tokens + 4;  // fp32 [64, 64] with rows 16 byte
 constexpr int product_row = 32 + 4;
 
 template <int K>
-struct Shared {
+struct alignas(128) Shared {
   static constexpr int exact_row = K + 1, tile = Record<K>::tile, block = tile / 4;
   union {
     struct {                 // swizzled; inputs, then operands
@@ -123,10 +123,10 @@ __device__ __forceinline__ void build(Shared<K>& s, const Share<K>& own, const f
 /// Aqk and M of a block that needs the exact path.
 template <int K>
 __device__ __noinline__ void exact_block(const Problem& p, const Place at, Shared<K>& s, int block, const Share<K> own,
-                                         const Ahead ahead, std::uint8_t* aqk) {
+                                         const Ahead ahead, std::uint8_t* aqk, int thread, int barrier) {
   const int row = Shared<K>::exact_row;
   const unsigned starts = s.tokens.starts(block);
-  __syncthreads();
+  group_sync<2 * K>(barrier);
   if (own.block == block) {
     std::uint32_t q[16], k[16], f[16];
     float c[16][2], g_first[2];
@@ -146,8 +146,8 @@ __device__ __noinline__ void exact_block(const Problem& p, const Place at, Share
       s.exact_c[x + 1] = c[i][1];
     }
   }
-  __syncthreads();
-  for (int task = threadIdx.x; task < 256; task += 2 * K) {
+  group_sync<2 * K>(barrier);
+  for (int task = thread; task < 256; task += 2 * K) {
     const int i = task / 16, j = task % 16, row_i = block * 16 + i, column = block * 16 + j;
     float by_q = 0.0f, by_k = 0.0f;
     if (j <= i && reached(starts >> j, i - j)) {
@@ -175,8 +175,9 @@ __device__ __forceinline__ void add(float4& sum, float a, const float4& x) {
 /// s.l = (I + s.l)^-1 in fp32, blocks above the diagonal left alone. Forward substitution in blocks of 16, merged to 32
 /// and to 64: an inverse's lower left part is -X22 (L21 X11). Begins after a barrier and ends with one.
 template <int K>
-__device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
+__device__ __forceinline__ void invert(Shared<K>& s, int thread, int barrier) {
   constexpr int threads = 2 * K, warps = threads / 32;
+  const int warp = thread / 32, lane = thread % 32;
   if (warp < 4) {  // a lane a column, the upper half of the warp like the lower
     const int column = lane % 16;
     float* l = s.l + 16 * warp * (square_row + 1);
@@ -200,10 +201,10 @@ __device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
       for (int i = 0; i < 16; ++i) l[i * square_row + column] = x[i];
     }
   }
-  __syncthreads();
+  group_sync<threads>(barrier);
   // Two pairs of blocks; a thread two columns of a row.
 #pragma unroll
-  for (int task = threadIdx.x; task < 256; task += threads) {
+  for (int task = thread; task < 256; task += threads) {
     const int first = task / 128 * 32, r = task % 128 / 8, c = task % 8 * 2;
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
@@ -219,9 +220,9 @@ __device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
     }
     *reinterpret_cast<float2*>(s.product + r * product_row + first / 2 + c) = sum;
   }
-  __syncthreads();
+  group_sync<threads>(barrier);
 #pragma unroll
-  for (int task = threadIdx.x; task < 256; task += threads) {
+  for (int task = thread; task < 256; task += threads) {
     const int first = task / 128 * 32, r = task % 128 / 8, c = task % 8 * 2;
     float2 sum = {0.0f, 0.0f};
 #pragma unroll
@@ -237,7 +238,7 @@ __device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
     }
     *reinterpret_cast<float2*>(s.l + (first + 16 + r) * square_row + first + c) = sum;
   }
-  __syncthreads();
+  group_sync<threads>(barrier);
   for (int four = warp; four < 8; four += warps) {  // columns [4 four, 4 four + 4), a lane a row
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int m = 4 * four; m < 32; m += 4) {
@@ -250,7 +251,7 @@ __device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
     }
     *reinterpret_cast<float4*>(s.product + lane * product_row + 4 * four) = sum;
   }
-  __syncthreads();
+  group_sync<threads>(barrier);
   for (int four = warp; four < 8; four += warps) {  // rows [4 four, 4 four + 4), a lane a column
     float sum[4] = {};
     for (int m = 0; m <= 4 * four; m += 4) {
@@ -266,32 +267,64 @@ __device__ __forceinline__ void invert(Shared<K>& s, int warp, int lane) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) s.l[(32 + 4 * four + r) * square_row + lane] = sum[r];
   }
-  __syncthreads();
+  group_sync<threads>(barrier);
 }
 
-/// Blocks of threads a multiprocessor.
+/// Groups of threads a block, and so a multiprocessor: each takes chunks of its own.
 template <int K>
-constexpr int resident = K == 128 ? 2 : 3;
+constexpr int groups = K == 128 ? 2 : 3;
+
+/// Which chunks and heads a group takes, as positions in the order of Place or its reverse: every `workers`-th before
+/// `late`; from there on only the first `late_workers` groups go on.
+struct Turns {
+  int worker, workers, late, late_workers, count;
+  __device__ __forceinline__ int first() const { return worker < late ? worker : join(); }
+  __device__ __forceinline__ int after(int i) const {
+    if (i >= late) return i + late_workers;
+    return i + workers < late ? i + workers : join();
+  }
+
+ private:
+  __device__ __forceinline__ int join() const { return worker < late_workers ? late + worker : count; }
+};
 
 template <int K>
-__global__ void __launch_bounds__(2 * K, resident<K>)
-    prepare_kernel(const __grid_constant__ Problem p, int chunks, int count, std::uint8_t* records) {
+__global__ void __launch_bounds__(2 * K * groups<K>, 1)
+    prepare_kernel(const __grid_constant__ Problem p, const __grid_constant__ Pace pace, int chunks, int count,
+                   std::uint8_t* records) {
   constexpr int threads = 2 * K, warps = threads / 32;
   extern __shared__ __align__(128) std::uint8_t memory[];
-  auto& s = *reinterpret_cast<Shared<K>*>(memory);
-  int index = blockIdx.x;
+  const int group = threadIdx.x / threads, barrier = 1 + group;
+  auto& s = reinterpret_cast<Shared<K>*>(memory)[group];
+  const Turns work{static_cast<int>(blockIdx.x) * groups<K> + group, static_cast<int>(gridDim.x) * groups<K>,
+                   count - pace.late_chunks * p.segments * p.heads,
+                   min(pace.late_blocks, static_cast<int>(gridDim.x)) * groups<K>, count};
+  const auto place = [&](int i) { return Place(p, pace.backwards ? count - 1 - i : i); };
+  int index = work.first();
+  if (pace.ready != nullptr) {
+    if (threadIdx.x % threads == 0) {
+      for (int i = index; i < count; i = work.after(i)) pace.ready[place(i).slot(p, chunks)] = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    start_next_kernel();
+  }
+  if (index >= count) return;
   Ahead ahead;
-  fetch<K>(p, Place(p, chunks, index), s, threadIdx.x, ahead);
+  fetch<K>(p, place(index), s, threadIdx.x % threads, ahead);
+  int* written = nullptr;  // the flag of the record before
   for (;;) {
-    const int thread = anew(threadIdx.x), warp = thread / 32, lane = thread % 32;
+    const int thread = anew(threadIdx.x % threads), warp = thread / 32, lane = thread % 32;
     const Share<K> own(thread);
-    const Place at(p, chunks, index);
+    const Place at = place(index);
     std::uint8_t* record = records + at.slot(p, chunks) * Record<K>::bytes;
     std::uint8_t* aqk = record + Record<K>::state_bytes + Record<K>::aqk;
     store_tokens(s.tokens, at, thread, ahead);
     const Ahead now = ahead;
     copy_async_wait<0>();
-    __syncthreads();
+    group_sync<threads>(barrier);
+    if (written != nullptr && thread == 0) set_flag(written);
+    if (pace.ready != nullptr) written = pace.ready + at.slot(p, chunks);
 
     float c[16][2];
     const unsigned starts = s.tokens.starts(own.block);
@@ -311,7 +344,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       *reinterpret_cast<float2*>(s.total + x) = total;
     }
     find_norms<K, warps>(s.tokens, s.q, s.k, p.scale, warp, lane);
-    __syncthreads();
+    group_sync<threads>(barrier);
     if (starts <= 1u) {
       build<K, true>(s, own, c, starts, record);
     } else {
@@ -324,7 +357,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       reinterpret_cast<float*>(record + Record<K>::decay)[thread] = exp2_fast(sum);
     }
     if (thread < 64) reinterpret_cast<float*>(record + Record<K>::beta)[thread] = s.tokens.beta[thread];
-    __syncthreads();
+    group_sync<threads>(barrier);
 
     // Products of block rows I with blocks J <= I. Task: (I, q or k).
     constexpr int tasks = 8 / warps > 0 ? 8 / warps : 1;
@@ -365,7 +398,7 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
         }
       }
     }
-    __syncthreads();
+    group_sync<threads>(barrier);
 #pragma unroll
     for (int n = 0; n < tasks; ++n) {
       const int task = warp + n * warps, i = task < 4 ? task : 7 - task;
@@ -394,15 +427,13 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
       }
     }
     for (int block = 0; block < 4; ++block) {
-      if (s.tokens.exact[block]) exact_block<K>(p, at, s, block, own, now, aqk);
+      if (s.tokens.exact[block]) exact_block<K>(p, at, s, block, own, now, aqk, thread, barrier);
     }
-    __syncthreads();
-    index += gridDim.x;
+    group_sync<threads>(barrier);
+    index = work.after(index);
     const bool more = index < count;
-    if (more) {
-      fetch<K>(p, Place(p, chunks, index), s, thread, ahead);
-    }
-    invert<K>(s, warp, lane);
+    if (more) fetch<K>(p, place(index), s, thread, ahead);
+    invert<K>(s, thread, barrier);
     for (int task = thread; task < 512; task += threads) {
       const int r = task / 8, piece = task % 8;
       if (piece / 2 > r / 16) continue;
@@ -412,24 +443,29 @@ __global__ void __launch_bounds__(2 * K, resident<K>)
     }
     if (!more) break;
   }
+  if (written != nullptr) {
+    group_sync<threads>(barrier);
+    if (threadIdx.x % threads == 0) set_flag(written);
+  }
 }
 
 template <int K>
-cudaError_t launch(const Problem& p, void* records, cudaStream_t stream) {
-  static_assert(resident<K> * (sizeof(Shared<K>) + 1024) <= 233472);
-  const cudaError_t set = cudaFuncSetAttribute(prepare_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               static_cast<int>(sizeof(Shared<K>)));
+cudaError_t launch(const Problem& p, void* records, const Pace& pace, cudaStream_t stream) {
+  constexpr int shared = groups<K> * static_cast<int>(sizeof(Shared<K>)), threads = 2 * K * groups<K>;
+  static_assert(shared <= 232448);
+  const cudaError_t set = cudaFuncSetAttribute(prepare_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (set != cudaSuccess) return set;
-  const int count = static_cast<int>(p.head_chunks()), most = resident<K> * processors();
-  prepare_kernel<K><<<static_cast<unsigned>(count < most ? count : most), 2 * K, sizeof(Shared<K>), stream>>>(
-      p, p.chunks(), count, static_cast<std::uint8_t*>(records));
+  const int count = static_cast<int>(p.head_chunks()), most = processors(),
+            blocks = (count + groups<K> - 1) / groups<K>;
+  prepare_kernel<K><<<static_cast<unsigned>(blocks < most ? blocks : most), threads, shared, stream>>>(
+      p, pace, p.chunks(), count, static_cast<std::uint8_t*>(records));
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t prepare(const Problem& p, void* records, cudaStream_t stream) {
-  return p.head_dim == 128 ? launch<128>(p, records, stream) : launch<64>(p, records, stream);
+cudaError_t prepare(const Problem& p, void* records, const Pace& pace, cudaStream_t stream) {
+  return p.head_dim == 128 ? launch<128>(p, records, pace, stream) : launch<64>(p, records, pace, stream);
 }
 
 }  // namespace deltapipe::kernels::cuda::kda

@@ -55,13 +55,13 @@ __global__ void __launch_bounds__(forward_threads, 1)
   init_barriers(s);
 
   if (warp >= 2 * chains) {
-    if (lane != 0) return;
     if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                            Record<K>::bytes, chunks);
+                                                            Record<K>::bytes, chunks, nullptr, lane);
     } else if constexpr (mode == Mode::outputs) {
-      produce<Shared::output_stages, Record<K>::output_bytes>(
-          s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
+      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+                                                              records + Record<K>::state_bytes, Record<K>::bytes,
+                                                              chunks, nullptr, lane);
     }
     return;
   }
@@ -206,13 +206,13 @@ __global__ void __launch_bounds__(reverse_threads, 1)
 
   if (warp >= 2 * chains) {
     set_registers<false, 40>();
-    if (lane != 0 || warp > 2 * chains + 1) return;
+    if (warp > 2 * chains + 1) return;
     if (warp == 2 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                            chunks);
+                                                            chunks, nullptr, lane);
     } else {
-      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                              last_record + Record<K>::state_bytes, back, chunks);
+      produce<Shared::output_stages, Record<K>::output_bytes>(
+          s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, nullptr, lane);
     }
     return;
   }
@@ -347,15 +347,15 @@ template <int K>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   const int blocks = p.segments * p.heads * K / (slice * chains);
   return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, forward_threads,
-                                      sizeof(ForwardShared<K, Mode::states>), stream, p, s)
+                                      sizeof(ForwardShared<K, Mode::states>), false, stream, p, s)
                              : launch(forward_kernel<K, Mode::outputs>, blocks, forward_threads,
-                                      sizeof(ForwardShared<K, Mode::outputs>), stream, p, s);
+                                      sizeof(ForwardShared<K, Mode::outputs>), false, stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
   return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
-                sizeof(ReverseShared<K>), stream, p, s);
+                sizeof(ReverseShared<K>), false, stream, p, s);
 }
 
 /// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
@@ -363,6 +363,10 @@ cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stre
 bool few_heads(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice) <= processors(); }
 
 }  // namespace
+
+int spare_processors(const Problem& p) {
+  return few_heads(p) ? processors() - p.segments * p.heads * p.head_dim / (2 * slice) : 0;
+}
 
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   if (few_heads(p)) return scan_forward_split(p, s, stream);

@@ -46,15 +46,35 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
   __syncthreads();
 }
 
-/// One thread: copies part of every record of a head into a ring, `step` chunks at a time.
+/// A warp: waits until the record of chunk c is ready; how many are, from there on. ready: of the first chunk.
+__device__ __forceinline__ int wait_until_ready(const int* ready, int step, int c, int chunks, int lane) {
+  for (;;) {
+    const int i = c + lane;
+    const unsigned set = __ballot_sync(0xffffffffu, i >= chunks || flag_is_set(ready + i * step));
+    if ((set & 1u) != 0) {
+      __syncwarp();
+      asm volatile("fence.proxy.async;" ::: "memory");  // what others wrote, before copies of it
+      return c + (set == 0xffffffffu ? 32 : __ffs(static_cast<int>(~set)) - 1);
+    }
+    __nanosleep(100);
+  }
+}
+
+/// A warp: copies part of every record of a head into a ring, chunk by chunk, `step` bytes further each time; waits for
+/// records if ready is not null.
 template <int stages, int bytes>
 __device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
-                        const std::uint8_t* record, std::ptrdiff_t step, int chunks) {
+                        const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane) {
   Ring<stages> at;
+  int known = 0;
   for (int c = 0; c < chunks; ++c) {
-    if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
-    barrier_expect(&full[at.stage], bytes);
-    bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
+    if (ready != nullptr && c >= known) known = wait_until_ready(ready, step < 0 ? -1 : 1, c, chunks, lane);
+    if (lane == 0) {
+      if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+      barrier_expect(&full[at.stage], bytes);
+      bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
+    }
+    __syncwarp();
     at.next();
   }
 }
@@ -187,14 +207,24 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
+/// beside: the kernel may start while the one before it runs, which has called start_next_kernel.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, cudaStream_t stream, const Problem& p,
-                   const Io& io) {
+cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
+                   const Problem& p, const Io& io) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(p, io, p.chunks());
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = beside ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
 }
 
 }  // namespace

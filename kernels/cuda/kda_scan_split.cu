@@ -160,15 +160,16 @@ __global__ void __launch_bounds__(threads, 1)
   init_barriers(s);
 
   if (warp >= 4 * chains) {
-    if (lane != 0) return;
+    const int* ready = io.ready == nullptr ? nullptr : io.ready + static_cast<std::size_t>(head) * chunks;
     const std::uint8_t* records =
         static_cast<const std::uint8_t*>(io.records) + static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
     if (warp == 4 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                            Record<K>::bytes, chunks);
+                                                            Record<K>::bytes, chunks, ready, lane);
     } else if constexpr (mode == Mode::outputs) {
-      produce<Shared::output_stages, Record<K>::output_bytes>(
-          s.output, s.output_full, s.output_empty, records + Record<K>::state_bytes, Record<K>::bytes, chunks);
+      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+                                                              records + Record<K>::state_bytes, Record<K>::bytes,
+                                                              chunks, ready, lane);
     }
     return;
   }
@@ -344,6 +345,7 @@ __global__ void __launch_bounds__(threads, 1)
   }
   copy_async_wait<0>();
   if (io.state_out != nullptr) store_state<K / 2>(state, io.state_out + state_at, K, first, lane);
+  wait_for_previous_kernel();
 }
 
 template <int K>
@@ -362,16 +364,16 @@ __global__ void __launch_bounds__(threads, 1)
   init_barriers(s);
 
   if (warp >= 4 * chains) {
-    if (lane != 0) return;
     constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
+    const int* ready = io.ready == nullptr ? nullptr : io.ready + static_cast<std::size_t>(head) * chunks + chunks - 1;
     const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
                                       (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
     if (warp == 4 * chains) {
       produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                            chunks);
+                                                            chunks, ready, lane);
     } else {
-      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                              last_record + Record<K>::state_bytes, back, chunks);
+      produce<Shared::output_stages, Record<K>::output_bytes>(
+          s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, ready, lane);
     }
     return;
   }
@@ -503,7 +505,6 @@ __global__ void __launch_bounds__(threads, 1)
       state[n][2] += y.z;
       state[n][3] += y.w;
     }
-    if (c + 1 < chunks) group_arrive<64>(empty);
     // Y = A^T dv_new
     std::uint32_t own[2][4], other[2][4];
 #pragma unroll
@@ -512,6 +513,7 @@ __global__ void __launch_bounds__(threads, 1)
       put(x.middle, half.own[m], own[m], lane);
     }
     group_sync<64>(barriers.chain);
+    if (c + 1 < chunks) group_arrive<64>(empty);
     if (io.dstates != nullptr) {
 #pragma unroll
       for (int n = 0; n < frags; ++n) {
@@ -550,18 +552,19 @@ __global__ void __launch_bounds__(threads, 1)
     }
   }
   if (io.dstate_in != nullptr) store_state<K / 2>(state, io.dstate_in + state_at, K, first, lane);
+  wait_for_previous_kernel();
 }
 
 template <int K, Mode mode>
 cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
   return launch(forward_split_kernel<K, mode>, p.segments * p.heads * slices<K>, threads,
-                sizeof(ForwardShared<K, mode == Mode::outputs>), stream, p, s);
+                sizeof(ForwardShared<K, mode == Mode::outputs>), s.ready != nullptr, stream, p, s);
 }
 
 template <int K>
 cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_split_kernel<K>, p.segments * p.heads * slices<K>, threads, sizeof(ReverseShared<K>), stream, p,
-                s);
+  return launch(reverse_split_kernel<K>, p.segments * p.heads * slices<K>, threads, sizeof(ReverseShared<K>),
+                s.ready != nullptr, stream, p, s);
 }
 
 }  // namespace
