@@ -1,7 +1,6 @@
 // Clusters of eight blocks, as many as the device holds at once, walk through the rows. Each block keeps its part of
 // both models' logits of a row in shared memory from the first read to the last use, so device memory is read once and
-// written once. What a thread no longer needs makes room for a row ahead: at 128,004 bfloat16 classes three rows are
-// there or on their way, so that memory is busy while the sums of a row are joined.
+// written once, and what a thread no longer needs makes room for the next row:
 //   1. largest logit, its place and sums of exponentials, running, of every thread; combined over threads, blocks, and
 //      through distributed shared memory the cluster;
 //   2. probabilities from the normalisers: divergences, and the gradient where it needs no sum over the row;
@@ -27,10 +26,8 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int cluster_blocks = 8;  // the most that every Hopper GPU runs
-constexpr int threads = 1024, warps = threads / 32;
-constexpr int most_packs = 6656;        // of a block and model: 208 KiB of shared memory for both models
-constexpr int most_bytes = 218 * 1024;  // of rows in a block
-constexpr int finishing_warp = 2;       // beside warps 0 and 1, which join the sums of the two models
+constexpr int threads = 512, warps = threads / 32;
+constexpr int most_slots = 13;  // packs of a thread and model: 16 kB of shared memory for both models each
 
 /// Places of a row's sums, as LossSum in kernels/distill_loss.h.
 enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
@@ -98,7 +95,7 @@ struct Shared {
   // By turns of two rows, since a block may be a row ahead of one that still reads.
   Running<double> block[2][2];  // [turn][model], read by the whole cluster
   Normaliser normaliser[2][2];  // [turn][model]
-
+  Shift shift[2];
   float label_logit[2][2];             // in block 0
   double kl_parts[2][cluster_blocks];  // in block 0: every block's sum of p d of the row before
   float warp_measures[warps][measures];
@@ -106,10 +103,10 @@ struct Shared {
   double row_measures[measures];
 };
 
-/// Sum of the warps' entry `i`; all lanes of a warp call.
+/// Sum of the warps' entry `i`, by lanes 0 .. 15 of a warp whose lanes all call.
 __device__ __forceinline__ double sum_of_warps(const Shared& shared, int i) {
-  static_assert(warps == 32);
-  return warp_sum(static_cast<double>(shared.warp_measures[threadIdx.x % 32][i]));
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return warp_sum(lane < warps ? static_cast<double>(shared.warp_measures[lane][i]) : 0.0);
 }
 
 /// A warp's sums of its threads' `v`.
@@ -140,35 +137,25 @@ __device__ void cluster_sum(cg::cluster_group& cluster, Shared& shared, float (&
   __syncthreads();
 }
 
-/// `more`: reverse_kl, jsd or tvd have a weight. `stages`: rows that shared memory holds, each of `packs` packs a
-/// model.
-template <class T, Temperature kind, bool with_teacher, bool more, int stages>
-__global__ void __launch_bounds__(threads, 1)
+/// `more`: reverse_kl, jsd or tvd have a weight.
+template <class T, Temperature kind, bool with_teacher, bool more>
+__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
     rows_loss(DistillConstants c, T* student_logits, const T* teacher_logits, const std::int32_t* labels,
-              double* row_sums, int rows, int n, std::int64_t pitch, int packs) {
+              double* row_sums, std::int64_t rows, int n, std::int64_t pitch, int slots) {
   constexpr int width = pack_width<T>, models = with_teacher ? 2 : 1;
-  extern __shared__ uint4 stash[];  // [stages, models, packs]; a thread has every 1,024th pack to itself
+  extern __shared__ uint4 stash[];  // [slots, models, threads], an entry its thread's own
   __shared__ Shared shared;
   cg::cluster_group cluster = cg::this_cluster();
   const int block = static_cast<int>(cluster.block_rank()), thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32, lane = thread % 32;
-  const int clusters = static_cast<int>(gridDim.x) / cluster_blocks;
-  const int slots = (packs + threads - 1) / threads;  // packs of a thread
+  const std::int64_t clusters = gridDim.x / cluster_blocks;
   const Exponents<kind> e{c.inverse_temperature * log2_e};
-  // d = log(p / q) = (z_t - z_s) / T - shift.
-  const double shift_of_log2 = static_cast<double>(c.inverse_temperature) / static_cast<double>(e.c);
-  const auto shift_of = [&](int turn) {
-    return (shared.normaliser[turn][1].log2_t - shared.normaliser[turn][0].log2_t) * shift_of_log2;
-  };
 
   const auto part_of = [&](std::int64_t row) {
     return Part<T>(student_logits + row * pitch, with_teacher ? teacher_logits + row * pitch : nullptr, n, block);
   };
-  int stage = 0;  // of the current row
-  const auto place = [&](int slot, int model) {
-    return stash + (stage * models + model) * packs + slot * threads + thread;
-  };
-  // A row comes in two groups of copies, so that its first half is worked on while the second arrives.
+  const auto place = [&](int slot, int model) { return stash + (slot * models + model) * threads + thread; };
+  // Slots come in two groups of copies, so that the first half is worked on while the second arrives.
   const int first_half = (slots + 1) / 2;
   const auto fetch_slot = [&](const Part<T>& part, bool there, int slot) {
     if (there && part.has(slot) && part.whole(slot)) {
@@ -179,9 +166,9 @@ __global__ void __launch_bounds__(threads, 1)
     if (slot == slots - 1) asm volatile("cp.async.commit_group;" ::: "memory");
   };
   /// The next row of this cluster from `row` on that is not masked; those that are get zeros.
-  const auto unmasked = [&](int row) {
+  const auto unmasked = [&](std::int64_t row) {
     for (; row < rows && labels[row] < 0; row += clusters) {
-      if (block == 0 && thread < sums) row_sums[static_cast<std::int64_t>(row) * sums + thread] = 0;
+      if (block == 0 && thread < sums) row_sums[row * sums + thread] = 0;
       if (!c.write_gradient) continue;
       const Part<T> part = part_of(row);
       for (int slot = 0; part.has(slot); ++slot) {
@@ -196,14 +183,14 @@ __global__ void __launch_bounds__(threads, 1)
     return row;
   };
   /// Row sums of `row`, whose values are those of `turn`; one thread of block 0.
-  const auto finish = [&](int row, int turn, const double* measure) {
+  const auto finish = [&](std::int64_t row, int turn, const double* measure) {
     // From powers of two back with the very constant that led there, so that its rounding cancels.
     const double ln_2 = 1 / static_cast<double>(log2_e);
     const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
     const int label = labels[row];
     const double bad_label = label < n ? 0 : nan("");
     const Normaliser& student = shared.normaliser[turn][0];
-    double* out = row_sums + static_cast<std::int64_t>(row) * sums;
+    double* out = row_sums + row * sums;
     out[ce] = student.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][0]) + bad_label;
     out[student_correct] = student.argmax == label;
     out[tokens] = 1;
@@ -214,7 +201,7 @@ __global__ void __launch_bounds__(threads, 1)
       out[teacher_ce] = teacher.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][1]) + bad_label;
       out[teacher_correct] = teacher.argmax == label;
       out[top1_agree] = student.argmax == teacher.argmax;
-      const double shift = shift_of(turn), lost = shift - static_cast<double>(static_cast<float>(shift));
+      const double lost = shared.shift[turn].lost;
       out[kl] = t2 * (measure[m_kl] - lost);
       if constexpr (more) {
         if (c.with_reverse_kl) out[reverse_kl] = t2 * (measure[m_reverse_kl] + lost);
@@ -225,7 +212,7 @@ __global__ void __launch_bounds__(threads, 1)
     }
   };
   /// Sums p d of the row before, once all blocks brought theirs.
-  const auto finish_before = [&](int row, int turn) {
+  const auto finish_before = [&](std::int64_t row, int turn) {
     double sum = 0;
     for (int b = 0; b < cluster_blocks; ++b) sum += shared.kl_parts[turn][b];
     sum *= static_cast<double>(shared.normaliser[turn][1].factor);
@@ -237,23 +224,17 @@ __global__ void __launch_bounds__(threads, 1)
   };
   constexpr bool finishes_later = with_teacher && !more;
 
-  int queue[stages + 1];  // the current row and those after it; the last takes the current one's stage
-#pragma unroll
-  for (int i = 0; i < stages; ++i, ++stage) {
-    queue[i] = unmasked(i == 0 ? static_cast<int>(blockIdx.x) / cluster_blocks : queue[i - 1] + clusters);
-    const bool there = queue[i] < rows;
-    const Part<T> part = part_of(there ? queue[i] : 0);
-    for (int slot = 0; slot < slots; ++slot) fetch_slot(part, there, slot);
+  std::int64_t row = unmasked(blockIdx.x / cluster_blocks), before = -1;
+  if (row < rows) {
+    const Part<T> part = part_of(row);
+    for (int slot = 0; slot < slots; ++slot) fetch_slot(part, true, slot);
   }
-  stage = 0;
-  int before = -1;
-  int last_turn = 0;
-  for (int turn = 0; queue[0] < rows; turn ^= 1) {
-    const int row = queue[0];
+  int turn = 0;
+  for (std::int64_t next = 0; row < rows; before = row, row = next, turn ^= 1) {
     const Part<T> part = part_of(row);
     const int label = labels[row];
     // Read before any block may overwrite it.
-    if (block == 0 && thread == 32 * finishing_warp && label < n) {
+    if (block == 0 && thread == 32 && label < n) {
       shared.label_logit[turn][0] = to_compute(part.student[label]);
       if constexpr (with_teacher) shared.label_logit[turn][1] = to_compute(part.teacher[label]);
     }
@@ -272,9 +253,9 @@ __global__ void __launch_bounds__(threads, 1)
         for (int m = 0; m < models; ++m) accumulate<T, kind>(e, stored<T>(place(slot, m)), slot, running[m]);
       }
     };
-    asm volatile("cp.async.wait_group %0;" ::"n"(2 * stages - 1) : "memory");
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
     run_through(0, first_half);
-    asm volatile("cp.async.wait_group %0;" ::"n"(2 * stages - 2) : "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
     run_through(first_half, slots);
 #pragma unroll
     for (int m = 0; m < models; ++m) {
@@ -294,26 +275,39 @@ __global__ void __launch_bounds__(threads, 1)
       if (lane == 0) shared.warp[m][warp] = merged;
     }
     __syncthreads();
-    if (warp < models) {
-      const Running<double> merged = merge_warp(e, shared.warp[warp][lane]);
-      if (lane == 0) shared.block[turn][warp] = merged;
-    } else if (finishes_later && warp == finishing_warp && before >= 0) {
+    const int lane_model = lane / 16;  // of the first warp: half a warp a model
+    if (warp == 0) {
+      Running<double> r = no_logits<double>();
+      if (lane_model < models) r = shared.warp[lane_model][lane % 16];
+      r = merge_lanes(e, r, 16);
+      if (lane % 16 == 0 && lane_model < models) shared.block[turn][lane_model] = r;
+    } else if (finishes_later && warp == 1 && before >= 0) {
       bring_kl(turn ^ 1);
     }
     cluster.sync();
-    if (warp < models) {
+    if (warp == 0) {
       Running<double> r = no_logits<double>();
-      if (lane < cluster_blocks) r = cluster.map_shared_rank(&shared, lane)->block[turn][warp];
-      const Normaliser normaliser = normalise(e, merge_warp(e, r));
-      if (lane == 0) shared.normaliser[turn][warp] = normaliser;
-    } else if (finishes_later && block == 0 && thread == 32 * finishing_warp && before >= 0) {
+      if (lane_model < models && lane % 16 < cluster_blocks) {
+        r = cluster.map_shared_rank(&shared, lane % 16)->block[turn][lane_model];
+      }
+      r = merge_lanes(e, r, 16);
+      const Normaliser normaliser = normalise(e, r);
+      if (lane % 16 == 0 && lane_model < models) shared.normaliser[turn][lane_model] = normaliser;
+      const double teacher_log2 = __shfl_sync(0xffffffffu, normaliser.log2_t, 16);
+      if (with_teacher && lane == 0) {
+        const double shift =
+            (teacher_log2 - normaliser.log2_t) / static_cast<double>(e.c) * static_cast<double>(c.inverse_temperature);
+        const auto rounded_shift = static_cast<float>(shift);
+        shared.shift[turn] = {rounded_shift, shift - static_cast<double>(rounded_shift)};
+      }
+    } else if (finishes_later && block == 0 && thread == 32 && before >= 0) {
       finish_before(before, turn ^ 1);
     }
-    queue[stages] = unmasked(queue[stages - 1] + clusters);
+    next = unmasked(row + clusters);
     __syncthreads();
 
-    const bool has_next = queue[stages] < rows;
-    const Part<T> next_part = part_of(has_next ? queue[stages] : row);
+    const bool has_next = next < rows;
+    const Part<T> next_part = part_of(has_next ? next : row);
     const Normaliser& student = shared.normaliser[turn][0];
     const float offset_s = student.offset, offset_1 = student.offset_1;
     const float ce_factor = c.ce * (kind == Temperature::one ? student.factor : student.factor_1);
@@ -334,7 +328,7 @@ __global__ void __launch_bounds__(threads, 1)
         if (at + j >= 0 && at + j < n) part.student[at + j] = round_to<T>(g[j]);
       }
     };
-    /// f(slot) for the slots of this thread, for the last time: a row ahead takes their places.
+    /// f(slot) for the slots of this thread, for the last time: the next row takes their places.
     const auto last_pass = [&](const auto& f) {
       for (int slot = 0; slot < slots; ++slot) {
         if (part.has(slot)) f(slot);
@@ -354,11 +348,11 @@ __global__ void __launch_bounds__(threads, 1)
       } else {
         last_pass([](int) {});
       }
-      if (block == 0 && thread == 32 * finishing_warp) finish(row, turn, nullptr);
+      if (block == 0 && thread == 32) finish(row, turn, nullptr);
     } else {
       const Normaliser& teacher = shared.normaliser[turn][1];
       const float offset_t = teacher.offset, factor_s = student.factor, factor_t = teacher.factor;
-      const float inverse_t = c.inverse_temperature, shift = static_cast<float>(shift_of(turn));
+      const float inverse_t = c.inverse_temperature, shift = shared.shift[turn].shift;
       /// The gradient of ce and kl with respect to z, q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the
       /// like.
       const float kl_s = c.kl * factor_s, kl_t = c.kl * factor_t;
@@ -433,7 +427,7 @@ __global__ void __launch_bounds__(threads, 1)
           last_pass(measure);
         }
         cluster_sum(cluster, shared, v);
-        if (block == 0 && thread == 32 * finishing_warp) finish(row, turn, shared.row_measures);
+        if (block == 0 && thread == 32) finish(row, turn, shared.row_measures);
         if (c.write_gradient) {
           // All that is q times a constant of the row.
           const float of_row = c.reverse_kl * static_cast<float>(shared.row_measures[m_reverse_kl]) +
@@ -457,33 +451,23 @@ __global__ void __launch_bounds__(threads, 1)
         }
       }
     }
-    before = row;
-    last_turn = turn;
-    stage = stage + 1 < stages ? stage + 1 : 0;
-#pragma unroll
-    for (int i = 0; i < stages; ++i) queue[i] = queue[i + 1];
   }
   if (finishes_later) {
     __syncthreads();
-    if (warp == finishing_warp && before >= 0) bring_kl(last_turn);
+    if (warp == 1 && before >= 0) bring_kl(turn ^ 1);
   }
   cluster.sync();  // no block ends while another may read its shared memory
-  if (finishes_later && block == 0 && thread == 32 * finishing_warp && before >= 0) finish_before(before, last_turn);
+  if (finishes_later && block == 0 && thread == 32 && before >= 0) finish_before(before, turn ^ 1);
 }
 
-template <class T, Temperature kind, bool with_teacher, bool more, int stages>
+template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
                    double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   const std::int64_t packs = (n + 2 * pack_width<T> - 2) / pack_width<T>;  // with the longest lead
   const std::int64_t each = (packs + cluster_blocks - 1) / cluster_blocks;
-  const std::int64_t bytes = stages * (with_teacher ? 2 : 1) * each * static_cast<std::int64_t>(sizeof(uint4));
-  if constexpr (stages > 1) {
-    if (bytes > most_bytes) {
-      return launch<T, kind, with_teacher, more, stages - 1>(c, student, teacher, labels, row_sums, rows, n, pitch,
-                                                             stream);
-    }
-  }
-  const auto kernel = rows_loss<T, kind, with_teacher, more, stages>;
+  const int slots = static_cast<int>((each + threads - 1) / threads);
+  const std::size_t bytes = static_cast<std::size_t>(slots) * (with_teacher ? 2 : 1) * threads * sizeof(uint4);
+  const auto kernel = rows_loss<T, kind, with_teacher, more>;
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
@@ -493,7 +477,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(cluster_blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+  config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
@@ -501,15 +485,15 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (status != cudaSuccess) return status;
   config.gridDim.x = static_cast<unsigned>(cluster_blocks * std::min<std::int64_t>(rows, std::max(clusters, 1)));
-  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, static_cast<int>(rows),
-                            static_cast<int>(n), pitch, static_cast<int>(each));
+  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, rows, static_cast<int>(n), pitch,
+                            slots);
 }
 
 }  // namespace
 
 template <class T>
 std::int64_t most_classes() {
-  return static_cast<std::int64_t>(most_packs) * cluster_blocks * pack_width<T> - pack_width<T>;
+  return static_cast<std::int64_t>(most_slots) * threads * cluster_blocks * pack_width<T> - pack_width<T>;
 }
 template std::int64_t most_classes<Bits>();
 template std::int64_t most_classes<float>();
@@ -519,7 +503,7 @@ cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher
                          double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto with = [&]<Temperature kind, bool with_teacher, bool more>() {
-    return launch<T, kind, with_teacher, more, 3>(c, student, teacher, labels, row_sums, rows, n, pitch, stream);
+    return launch<T, kind, with_teacher, more>(c, student, teacher, labels, row_sums, rows, n, pitch, stream);
   };
   const bool more = c.with_reverse_kl || c.with_jsd || c.with_tvd;
   const auto of_kind = [&]<Temperature kind>() {

@@ -49,22 +49,47 @@ struct Exponents {
   }
 };
 
+template <Temperature kind>
+__device__ Running<double> merge(const Exponents<kind>& e, const Running<double>& a, const Running<double>& b) {
+  Running<double> out;
+  out.largest = fmaxf(a.largest, b.largest);
+  out.sum_t = a.sum_t * static_cast<double>(e.rescale(a.largest, out.largest)) +
+              b.sum_t * static_cast<double>(e.rescale(b.largest, out.largest));
+  out.sum_1 = a.sum_1 * static_cast<double>(e.rescale_1(a.largest, out.largest)) +
+              b.sum_1 * static_cast<double>(e.rescale_1(b.largest, out.largest));
+  out.place = a.largest > b.largest ? a.place : b.largest > a.largest ? b.place : min(a.place, b.place);
+  return out;
+}
+
+/// Merges over `width` neighbouring lanes; every lane of a warp calls.
+template <Temperature kind>
+__device__ Running<double> merge_lanes(const Exponents<kind>& e, Running<double> r, int width) {
+  for (int offset = 1; offset < width; offset *= 2) {
+    Running<double> other;
+    other.largest = __shfl_xor_sync(0xffffffffu, r.largest, offset);
+    other.sum_t = __shfl_xor_sync(0xffffffffu, r.sum_t, offset);
+    other.sum_1 = __shfl_xor_sync(0xffffffffu, r.sum_1, offset);
+    other.place = __shfl_xor_sync(0xffffffffu, r.place, offset);
+    r = merge(e, r, other);
+  }
+  return r;
+}
+
 __device__ __forceinline__ int ordered(float x) {
   const int i = __float_as_int(x);
   return i < 0 ? i ^ 0x7fffffff : i;
 }
 
-/// The lanes' sums to their warp's, in every lane. Float ones are added in float.
-template <Temperature kind, class A>
-__device__ __forceinline__ Running<double> merge_warp(const Exponents<kind>& e, const Running<A>& r) {
+/// A thread's sums to its warp's.
+template <Temperature kind>
+__device__ __forceinline__ Running<double> merge_warp(const Exponents<kind>& e, const Running<float>& r) {
   Running<double> out;
   const int most = __reduce_max_sync(0xffffffffu, ordered(r.largest));
   out.largest = __int_as_float(most < 0 ? most ^ 0x7fffffff : most);
   out.place = __reduce_min_sync(0xffffffffu, r.largest == out.largest ? r.place : INT_MAX);
-  out.sum_t = static_cast<double>(warp_sum(r.sum_t * static_cast<A>(e.rescale(r.largest, out.largest))));
-  out.sum_1 = kind == Temperature::one
-                  ? out.sum_t
-                  : static_cast<double>(warp_sum(r.sum_1 * static_cast<A>(e.rescale_1(r.largest, out.largest))));
+  out.sum_t = static_cast<double>(warp_sum(r.sum_t * e.rescale(r.largest, out.largest)));
+  out.sum_1 = kind == Temperature::one ? out.sum_t
+                                       : static_cast<double>(warp_sum(r.sum_1 * e.rescale_1(r.largest, out.largest)));
   return out;
 }
 
@@ -81,7 +106,7 @@ __device__ __forceinline__ float power_near_one(double x) {
   return static_cast<float>(fma(x, 0.6931471805599453, 1.0));
 }
 
-/// Of a warp whose lanes all hold r: even and odd ones take a logarithm each.
+/// The same in lanes 0 and 1 of a half warp, which take a logarithm each; all lanes hold r.
 template <Temperature kind>
 __device__ Normaliser normalise(const Exponents<kind>& e, const Running<double>& r) {
   const bool at_1 = threadIdx.x % 2 == 1;
@@ -103,6 +128,12 @@ __device__ Normaliser normalise(const Exponents<kind>& e, const Running<double>&
   n.argmax = r.place;
   return n;
 }
+
+/// d = log(p / q) = (z_t - z_s) / T - shift; `lost` is what the float lacks.
+struct Shift {
+  float shift;
+  double lost;
+};
 
 template <class T>
 __device__ __forceinline__ Pack<T, pack_width<T>> stored(const uint4* from) {

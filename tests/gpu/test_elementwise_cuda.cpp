@@ -3,6 +3,8 @@
 #include "kernels/reduce.h"
 #include "tests/gpu/device.h"
 
+#include <algorithm>
+#include <cmath>
 #include <functional>
 
 namespace deltapipe {
@@ -46,7 +48,12 @@ class ElementwiseCuda : public testing::CudaTest {
         own = static_cast<std::size_t>(inputs);
         for (std::size_t i = 0; i < aliases.size(); ++i) {
           const std::size_t at = aliases[i] < 0 ? own++ : static_cast<std::size_t>(aliases[i]);
-          EXPECT_LT(relative_rms(device[at].host(), expected[i]), error);
+          // Of few elements all may be where a derivative crosses zero: errors are then held against the inputs' size.
+          const double few = n < 100 ? std::sqrt(static_cast<double>(n)) : 0.0;
+          const Owned<double> got = device[at].host();
+          double size = 0;
+          for (const double x : expected[i]) size += x * x;
+          EXPECT_LT(relative_rms(got, expected[i]) * std::sqrt(size), error * std::max(std::sqrt(size), few));
         }
       }
     }
