@@ -68,15 +68,6 @@ template <class T>
 /// Throws InternalError unless `t` has the given shape; `what` is "operation: tensor".
 inline void check_shape(const Tensor& t, const Shape& shape, const char* what) {
   if (!(t.shape == shape)) fail<InternalError>("{} is {}, expected {}", what, t.shape.str(), shape.str());
-  if (t.pitch != 0) fail<InternalError>("{} has rows apart", what);
-}
-/// The same for a tensor [M, N] whose rows may be apart on CUDA (Tensor::pitch).
-inline void check_rows(const Stream& stream, const Tensor& t, const Shape& shape, DType dtype, const char* what) {
-  if (!(t.shape == shape)) fail<InternalError>("{} is {}, expected {}", what, t.shape.str(), shape.str());
-  if (t.dtype != dtype) fail<InternalError>("{} is {}, expected {}", what, name_of(t.dtype), name_of(dtype));
-  if (t.pitch != 0 && (stream.device().is_cpu() || t.pitch < shape[1])) {
-    fail<InternalError>("{} has rows {} elements apart", what, t.pitch);
-  }
 }
 inline void check_dtype(const Tensor& t, DType dtype, const char* what) {
   if (t.dtype != dtype) fail<InternalError>("{} is {}, expected {}", what, name_of(t.dtype), name_of(dtype));

@@ -47,7 +47,6 @@ struct LossSum {
 /// p log(p / q) - p + q >= 0, so that rounding is second order too where the distributions are close; on CUDA as
 /// p log(p / q), whose error is up to 4e-7 T^2 a row. jsd's is relative to itself on both.
 /// A logit that is not finite makes the row's sums and gradient non-finite: callers skip such steps.
-/// On CUDA rows of the logits may be apart (Tensor::pitch), equally in both.
 /// Workspace: none on the CPU; on CUDA [M, LossSum::count] float64, the rows' own sums.
 /// Throws InternalError for wrong shapes, dtypes or weights; on the CPU for a label of N or more too, which on CUDA
 /// makes ce NaN.

@@ -9,17 +9,14 @@
 
 namespace deltapipe::kernels {
 
-// On CUDA rows of y and dy may be apart (Tensor::pitch): products whose rows do not begin at multiples of 16 bytes are
-// two to three times slower.
-
 /// x [M, I], w [O, I] -> y [M, O], all of one dtype; bias [O] of that dtype or empty. y aliases nothing.
 void linear_forward(const Stream& stream, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y);
 
 /// dx [M, I] = (accumulate ? dx : 0) + dy [M, O] w [O, I]. dx aliases nothing.
 void linear_backward_input(const Stream& stream, const Tensor& dy, const Tensor& w, const Tensor& dx, bool accumulate);
 
-/// dw [O, I] += dy [M, O]^T x [M, I] and dbias [O] += column sums of dy, whose rows are not apart then; each is skipped
-/// when empty. dw and dbias are float32, or float64 when x is float64.
+/// dw [O, I] += dy [M, O]^T x [M, I] and dbias [O] += column sums of dy; each is skipped when empty. dw and dbias are
+/// float32, or float64 when x is float64.
 void linear_backward_weight(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& dw,
                             const Tensor& dbias);
 

@@ -36,8 +36,7 @@ void distill_loss(const Stream& stream, const DistillWeights& weights, const Ten
       fail<InternalError>("{}: {} classes, on CUDA at most {} fit", call, n, most_classes<T>());
     }
     check(distill_loss<T>(c, pointer<T>(student_logits, call), pointer<T>(teacher_logits, call),
-                          labels.as<std::int32_t>(), row_sums.as<double>(), rows, n, student_logits.row_pitch(),
-                          native(stream)),
+                          labels.as<std::int32_t>(), row_sums.as<double>(), rows, n, native(stream)),
           call);
   });
   check(add_column_sums(row_sums.as<double>(), rows, LossSum::count, sums.as<double>(), native(stream)), call);

@@ -27,7 +27,6 @@ void linear_backward_weight(const Stream& stream, const Tensor& dy, const Tensor
     matmul(stream, {.call = call, .a = dy, .b = x, .c = dw, .transpose_a = true, .bias = {}, .accumulate = true});
   }
   if (!dbias) return;
-  require(dy.pitch == 0, "linear_backward_weight: rows of dy are apart");
   const int rows = to_int(dy.dim(0), call), columns = to_int(dy.dim(1), call);
   check(dy.dtype == DType::bf16 ? add_column_sums(bits(dy), rows, columns, floats(dbias), native(stream))
                                 : add_column_sums(floats(dy), rows, columns, floats(dbias), native(stream)),

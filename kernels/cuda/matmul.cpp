@@ -53,7 +53,6 @@ struct Kind {
   DType operands, result;
   bool transpose_a, transpose_b, bias, accumulate;
   std::array<std::uint32_t, 3> alignments;
-  std::array<std::int64_t, 3> pitches;
   auto operator<=>(const Kind&) const = default;
 };
 
@@ -67,7 +66,7 @@ struct Plan {
 Layout make_layout(const Tensor& t, const char* call) {
   cublasLtMatrixLayout_t layout = nullptr;
   check(cublasLtMatrixLayoutCreate(&layout, type_of(t, call), static_cast<std::uint64_t>(t.dim(1)),
-                                   static_cast<std::uint64_t>(t.dim(0)), t.row_pitch()),
+                                   static_cast<std::uint64_t>(t.dim(0)), t.dim(1)),
         call, "cublasLtMatrixLayoutCreate");
   return Layout(layout);
 }
@@ -170,12 +169,11 @@ class DeviceProducts {
                                const std::vector<cublasLtMatmulHeuristicResult_t>& candidates, void* workspace,
                                cudaStream_t stream) const {
     void* scratch = nullptr;
-    const std::size_t bytes = static_cast<std::size_t>(m.c.dim(0) * m.c.row_pitch()) * size_of(m.c.dtype);
-    if (cudaMalloc(&scratch, bytes) != cudaSuccess) {
+    if (cudaMalloc(&scratch, m.c.bytes()) != cudaSuccess) {
       cudaGetLastError();
       return candidates.front().algo;
     }
-    cuda::check(cudaMemsetAsync(scratch, 0, bytes, stream), m.call);
+    cuda::check(cudaMemsetAsync(scratch, 0, m.c.bytes(), stream), m.call);
     cudaEvent_t begin = nullptr, end = nullptr;
     cuda::check(cudaEventCreate(&begin), m.call);
     cuda::check(cudaEventCreate(&end), m.call);
@@ -233,8 +231,7 @@ void matmul(const Stream& stream, const Matmul& m) {
                                       m.transpose_b,
                                       static_cast<bool>(m.bias),
                                       m.accumulate,
-                                      {alignment_of(m.a), alignment_of(m.b), alignment_of(m.c)},
-                                      {m.a.row_pitch(), m.b.row_pitch(), m.c.row_pitch()}});
+                                      {alignment_of(m.a), alignment_of(m.b), alignment_of(m.c)}});
 }
 
 }  // namespace deltapipe::kernels::cuda

@@ -14,7 +14,7 @@ inline constexpr std::size_t matmul_workspace_bytes = std::size_t{32} << 20;
 
 struct Matmul {
   const char* call = "";  // operation's name, for errors
-  Tensor a, b, c;         // matrices, whose rows may be apart; c is the result
+  Tensor a, b, c;         // matrices; c is the result
   bool transpose_a = false, transpose_b = false;
   Tensor bias;              // [columns of c], added to every row; may be empty
   bool accumulate = false;  // c += product, else c = product

@@ -1,5 +1,4 @@
-// Tensor: a non-owning view of row-major memory, contiguous but where `pitch` says otherwise. Owners are arenas
-// (core/arena.h) or memory-mapped files.
+// Tensor: a non-owning view of contiguous row-major memory. Owners are arenas (core/arena.h) or memory-mapped files.
 #pragma once
 
 #include "core/dtype.h"
@@ -65,9 +64,6 @@ struct Tensor {
   DType dtype = DType::f32;
   Shape shape;
   Device device;
-  /// Elements from a row to the next of a tensor of two dimensions whose rows are apart; 0: they are not. Operations
-  /// take such a tensor only where their contract says so.
-  std::int64_t pitch = 0;
 
   Tensor() = default;
   Tensor(void* d, DType t, Shape s, Device dev = {}) : data(d), dtype(t), shape(s), device(dev) {}
@@ -76,8 +72,6 @@ struct Tensor {
   std::int64_t numel() const { return shape.numel(); }
   std::int64_t dim(int i) const { return shape[i]; }
   std::size_t bytes() const { return static_cast<std::size_t>(numel()) * size_of(dtype); }
-  /// Of a tensor of two dimensions: elements from a row to the next.
-  std::int64_t row_pitch() const { return pitch != 0 ? pitch : shape[1]; }
 
   /// Typed pointer to host or device memory; the dtype must match exactly.
   template <class T>
@@ -88,7 +82,6 @@ struct Tensor {
   /// The same memory under another shape of equal size.
   Tensor view(Shape s) const {
     if (s.numel() != numel()) fail<InternalError>("Tensor::view: {} does not fit {}", s.str(), shape.str());
-    require(pitch == 0, "Tensor::view: rows are apart");
     return {data, dtype, s, device};
   }
   /// Rows [begin, end) of the outermost dimension.
@@ -96,13 +89,11 @@ struct Tensor {
     if (shape.rank() == 0 || begin < 0 || end < begin || end > shape[0]) {
       fail<InternalError>("Tensor::rows: [{}, {}) of {}", begin, end, shape.str());
     }
-    const std::int64_t row = pitch != 0 ? pitch : shape[0] == 0 ? 0 : numel() / shape[0];
+    const std::int64_t row = shape[0] == 0 ? 0 : numel() / shape[0];
     Shape s{end - begin};
     for (int i = 1; i < shape.rank(); ++i) s.append(shape[i]);
     auto* p = data ? static_cast<std::byte*>(data) + static_cast<std::size_t>(begin * row) * size_of(dtype) : nullptr;
-    Tensor t(p, dtype, s, device);
-    t.pitch = pitch;
-    return t;
+    return {p, dtype, s, device};
   }
   /// Entry i of the outermost dimension, that dimension dropped.
   Tensor at(std::int64_t i) const {
@@ -110,7 +101,6 @@ struct Tensor {
     Shape s;
     for (int d = 1; d < shape.rank(); ++d) s.append(shape[d]);
     t.shape = s;
-    t.pitch = 0;
     return t;
   }
 

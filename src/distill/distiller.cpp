@@ -10,18 +10,6 @@ namespace {
 
 Tensor slice(const LossSums& sums, int begin, int end) { return sums.values.rows(begin, end); }
 
-/// A block of logits [rows, vocabulary]; on CUDA each row begins at 16 bytes, for the sake of the products.
-Tensor take_logits(const Context& c, DType dtype, std::int64_t rows, std::int64_t vocabulary, const char* label) {
-  const auto aligned = static_cast<std::int64_t>(16 / size_of(dtype));
-  const bool apart = c.stream.device().is_cuda() && vocabulary % aligned != 0;
-  const std::int64_t pitch = apart ? (vocabulary + aligned - 1) / aligned * aligned : vocabulary;
-  Tensor logits = c.workspace.allocate(dtype, {rows, pitch}, label);
-  if (!apart) return logits;
-  logits.shape = {rows, vocabulary};
-  logits.pitch = pitch;
-  return logits;
-}
-
 }  // namespace
 
 void Distiller::begin_teacher(const TokenBatch& batch, const Objective& objective, TeacherState& state,
@@ -109,9 +97,9 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
   const Tensor dy = train ? c.workspace.allocate(x.dtype, x.shape, "final hidden state gradient") : Tensor();
   student_->final_norm(c, x, y, rstd);
   const std::int64_t rows = std::min(loss_block_tokens_, tokens);
-  const Tensor student_logits = take_logits(c, x.dtype, rows, vocabulary, "student logits");
+  const Tensor student_logits = c.workspace.allocate(x.dtype, {rows, vocabulary}, "student logits");
   const Tensor teacher_logits =
-      teacher != nullptr ? take_logits(c, x.dtype, rows, vocabulary, "teacher logits") : Tensor();
+      teacher != nullptr ? c.workspace.allocate(x.dtype, {rows, vocabulary}, "teacher logits") : Tensor();
   for (std::int64_t t = 0; t < tokens; t += rows) {
     const std::int64_t end = std::min(t + rows, tokens);
     const Tensor zs = student_logits.rows(0, end - t);

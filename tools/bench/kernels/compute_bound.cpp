@@ -27,13 +27,7 @@ void linear(Bench& b, const std::string& name, std::int64_t tokens, std::int64_t
   const auto scope = b.scope();
   const Stream& s = b.stream();
   const Tensor x = b.normal(model, {tokens, in}), w = b.normal(model, {out, in}, 0.02);
-  constexpr std::int64_t aligned = 8;  // elements of 16 bytes, where a row of logits begins
-  const std::int64_t pitch = (out + aligned - 1) / aligned * aligned;
-  Tensor y = b.normal(model, {tokens, out == vocabulary ? pitch : out});
-  if (out == vocabulary) {
-    y.shape = {tokens, out};
-    y.pitch = pitch;
-  }
+  const Tensor y = b.normal(model, {tokens, out});
   const double flop = 2.0 * static_cast<double>(tokens) * static_cast<double>(in) * static_cast<double>(out);
   const std::string shape = std::to_string(tokens) + "x" + std::to_string(in) + "x" + std::to_string(out);
   b.measure("linear_forward " + name, shape, bytes_of({x, w, y}), flop,
