@@ -53,7 +53,9 @@ std::size_t records_alone(const Problem& p) {
 }
 
 /// Whether records are prepared while a split scan, which waits for latency on some of the multiprocessors, reads them.
-constexpr bool prepare_beside = true;
+/// Off: whether the scan can wait for ever where kernels of other streams (NCCL's) take multiprocessors has not been
+/// shown.
+constexpr bool prepare_beside = false;
 
 /// The scan of one chunk of all heads takes about as long as 0.18 multiprocessors need to prepare a chunk of one head
 /// (H100, K = 128: 1.28 us beside 7.2); four fifths of what the spare ones could do is left to them.

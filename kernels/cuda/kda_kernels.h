@@ -65,7 +65,7 @@ struct Pace {
   int* ready = nullptr;  // [S, H, NC], set as a record becomes ready; null: the next kernel waits for all
   int late_chunks = 0;   // prepared by late_blocks blocks alone
   int late_blocks = 0;
-  bool backwards = false;  // the last chunk first
+  std::int64_t backwards = 0;  // 1: the last chunk first; wide, so that the struct has no padding
 };
 /// Records of every chunk (see kda_common.cuh), everything that needs no state.
 cudaError_t prepare(const Problem& p, void* records, const Pace& pace, cudaStream_t stream);
