@@ -145,4 +145,9 @@ code=0
 wait "$pid" || code=$?
 expect 1 1
 expect_line "$shop/signals" '^TERM$'
+# Ranks that share a GPU are hosts of their own to NCCL.
+run 0 -n 2 --share-gpus job.toml
+expect 0 1
+expect_line "$shop/calls" '.* bash -c NCCL_HOSTID=rank-.OMPI_COMM_WORLD_RANK exec .* /bin/true train job.toml --resume auto$'
+
 echo "options, restarts, refusals and signals are as documented"

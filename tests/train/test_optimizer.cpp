@@ -10,6 +10,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -267,6 +268,89 @@ TEST(Optimizer, Bfloat16WeightsFollowFloat32Masters) {
       EXPECT_EQ(value_at(s.parameter->value, i), wanted);
     }
   }
+}
+
+/// Weights and moments in bfloat16 after `steps`, from shards of `count`; gradients from the same stream.
+std::map<std::string, std::vector<std::byte>> lean_bits(int count, int steps) {
+  OptimizerConfig config;
+  config.state = StateDType::bfloat16;
+  config.weight_decay = 0.1;
+  Arena arena("test", std::size_t{1} << 20), workspace("workspace", std::size_t{1} << 16);
+  ParameterTable table(specs, DType::bf16, arena);
+  table.allocate_gradients(
+      arena, [](const ParameterSpec&) { return true; }, count);
+  std::vector<std::unique_ptr<Optimizer>> shards;
+  for (Parameter& p : table.all()) {
+    p.trainable = true;
+    const RandomStream r(1, "value " + p.spec.name);
+    for (std::int64_t i = 0; i < p.value.numel(); ++i) set(p.value, i, r.normal(static_cast<std::uint64_t>(i)));
+  }
+  for (int i = 0; i < count; ++i) {
+    const Optimizer::Settings settings{{i, count}, 7, nullptr};
+    shards.push_back(std::make_unique<Optimizer>(config, table, arena, settings));
+    shards.back()->capture_weights(Stream::cpu());
+    shards.back()->reset(Stream::cpu());
+  }
+  for (int step = 0; step < steps; ++step) {
+    for (Parameter& p : table.all()) {
+      const RandomStream r(static_cast<std::uint64_t>(step), "gradient " + p.spec.name);
+      for (std::int64_t i = 0; i < p.value.numel(); ++i) {
+        set(p.gradient_memory, i, r.normal(static_cast<std::uint64_t>(i)));
+      }
+    }
+    for (auto& shard : shards) shard->apply({Stream::cpu(), workspace}, 1.0, 1e-3);
+  }
+  std::map<std::string, std::vector<std::byte>> all;
+  for (const auto& shard : shards) {
+    for (const Optimizer::State& s : shard->state()) {
+      const bool is_float = s.parameter->spec.keep_float32;
+      EXPECT_EQ(s.exp_avg.dtype, is_float ? DType::f32 : DType::bf16) << s.parameter->spec.name;
+      EXPECT_FALSE(s.has_master()) << s.parameter->spec.name;
+      for (const auto& [name, t] : {std::pair(" m", s.exp_avg), std::pair(" v", s.exp_avg_sq)}) {
+        const auto part = bits(t);
+        auto& whole = all[s.parameter->spec.name + name];
+        whole.insert(whole.end(), part.begin(), part.end());
+      }
+    }
+  }
+  for (const Parameter& p : table.all()) all[p.spec.name + " value"] = bits(p.value);
+  return all;
+}
+
+TEST(OptimizerInBfloat16, ShardsChangeNoBit) {
+  const auto whole = lean_bits(1, 5);
+  for (const int count : {2, 3, 5}) EXPECT_TRUE(lean_bits(count, 5) == whole) << count << " shards";
+}
+
+// A step of 1e-3 is far below half of what separates bfloat16 numbers near 1, 2^-8: rounded to nearest, such weights
+// would never move. Rounded stochastically they follow AdamW in float64 in the mean.
+TEST(OptimizerInBfloat16, SmallStepsAddUp) {
+  OptimizerConfig config;
+  config.state = StateDType::bfloat16;
+  config.clip_norm = 0;
+  const std::vector<ParameterSpec> matrix{{"model.layers.0.mlp.up_proj.weight", {64, 64}, 0, false}};
+  Arena arena("test", std::size_t{1} << 20), workspace("workspace", std::size_t{1} << 16);
+  ParameterTable table(matrix, DType::bf16, arena);
+  table.allocate_gradients(arena, [](const ParameterSpec&) { return true; });
+  Parameter& p = table.all().front();
+  p.trainable = true;
+  const std::int64_t n = p.value.numel();
+  for (std::int64_t i = 0; i < n; ++i) {
+    set(p.value, i, 1.5);
+    set(p.gradient_memory, i, 1.0);
+  }
+  Optimizer optimizer(config, table, arena);
+  optimizer.reset(Stream::cpu());
+  constexpr int steps = 20;
+  constexpr double rate = 1e-4;  // of a constant gradient: what every step subtracts
+  for (int step = 0; step < steps; ++step) optimizer.apply({Stream::cpu(), workspace}, 1.0, rate);
+  double mean = 0;
+  for (std::int64_t i = 0; i < n; ++i) mean += value_at(p.value, i) / static_cast<double>(n);
+  // Each of n x steps roundings has a variance of at most spacing^2 / 4 (spacing 2^-7); five standard deviations. The
+  // moments' own roundings change a step by 2^-8 of itself or so.
+  const double spread = 5 * 0x1p-7 / 2 * std::sqrt(static_cast<double>(steps) / static_cast<double>(n));
+  EXPECT_NEAR(mean, 1.5 - steps * rate, spread + 0.02 * steps * rate);
+  EXPECT_LT(spread, 1.5 * steps * rate);  // what moves is more than noise
 }
 
 }  // namespace
