@@ -10,7 +10,8 @@ namespace deltapipe {
 void set_num_threads(int threads);
 int num_threads();
 
-/// f(i) for i in [0, n), in any order and on any thread. The first exception is rethrown after the loop.
+/// f(i) for every i in [0, n), in any order and on any thread. Of exceptions the one of the lowest i is rethrown after
+/// the loop.
 template <class F>
 void parallel_for(std::int64_t n, const F& f) {
   if (n == 1) {
@@ -18,13 +19,17 @@ void parallel_for(std::int64_t n, const F& f) {
     return;
   }
   std::exception_ptr error;
+  std::int64_t error_at = n;
 #pragma omp parallel for schedule(dynamic, 1)
   for (std::int64_t i = 0; i < n; ++i) {
     try {
       f(i);
     } catch (...) {
 #pragma omp critical(deltapipe_parallel_for)
-      if (!error) error = std::current_exception();
+      if (i < error_at) {
+        error = std::current_exception();
+        error_at = i;
+      }
     }
   }
   if (error) std::rethrow_exception(error);
