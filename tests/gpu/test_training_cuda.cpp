@@ -3,8 +3,8 @@
 // Tolerances. Every operation rounds its result to bfloat16, relative error 2^-9 at most and 0.0011 in the mean square.
 // From a weight's gradient back to the input there are about a hundred such roundings in these models of four layers
 // (forward, teacher, backward), independent, so that about 100^0.5 x 0.0011 = 0.011 of a gradient is noise; single
-// tensors whose parts cancel show several times that. Losses are sums over thousands of tokens, where the noise
-// averages out.
+// tensors whose parts cancel show several times that (0.037 is the most seen on an H100). Losses are sums over
+// thousands of tokens, where the noise averages out.
 #include "comm/nccl_communicator.h"
 #include "kernels/settings.h"
 #include "tests/comm/testing.h"
@@ -31,9 +31,9 @@ using Values = std::vector<std::vector<double>>;
 
 /// This rank's: its own where there are enough, else shared.
 Device gpu() { return {Device::Kind::cuda, runtime().local_rank() % std::max(1, cuda_device_count())}; }
-constexpr double loss_tolerance = 0.003;
+constexpr double loss_tolerance = 0.001;
 constexpr double whole_gradient_tolerance = 0.03;
-constexpr double tensor_tolerance = 0.12;
+constexpr double tensor_tolerance = 0.06;
 
 double squared_norm(const std::vector<double>& x) {
   double sum = 0;
