@@ -52,17 +52,16 @@ std::size_t records_alone(const Problem& p) {
   return p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes);
 }
 
-/// Whether records are prepared while a split scan, which waits for latency on some of the multiprocessors, reads them.
-/// Off: whether the scan can wait for ever where kernels of other streams (NCCL's) take multiprocessors has not been
-/// shown.
-constexpr bool prepare_beside = false;
-
-/// The scan of one chunk of all heads takes about as long as 0.18 multiprocessors need to prepare a chunk of one head
-/// (H100, K = 128: 1.28 us beside 7.2); four fifths of what the spare ones could do is left to them.
+/// Records are prepared while the scan, which takes some of the multiprocessors, reads them. Its blocks start when all
+/// blocks of the preparation run or have ended, and those wait for nothing: whatever else takes multiprocessors, the
+/// records that a scan waits for come.
+///
+/// The scan of one chunk of all heads takes about as long as 0.1 multiprocessors need to prepare a chunk of one head
+/// (H100, K = 128: 0.7 us beside 7.2); four fifths of what the spare ones could do is left to them.
 Pace pace_of(const Problem& p, void* records, bool backwards) {
   const int spare = spare_processors(p), heads = p.segments * p.heads;
-  if (!prepare_beside || spare < 16) return {};
-  const double share = 0.8 * 0.18 * spare / heads;
+  if (spare < 16) return {};
+  const double share = 0.8 * 0.1 * spare / heads;
   return {.ready = reinterpret_cast<int*>(static_cast<std::uint8_t*>(records) + records_alone(p)),
           .late_chunks = static_cast<int>(p.chunks() * (share < 0.9 ? share : 0.9)),
           .late_blocks = spare,

@@ -23,20 +23,23 @@ inline constexpr float ln2 = 0.6931471805599453f;
 /// 108.2.
 inline constexpr float range_limit = 109.0f;
 
-/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row
-/// r at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
+/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16 in panels of 64 columns, one after the
+/// other, row-major, with the 16-byte pieces of row r at position p stored at p ^ (r % 8): what wgmma calls a 128-byte
+/// swizzle, so that a plain bulk copy lands in shared memory as its right operand.
 template <int K>
 struct Record {
+  static constexpr int panel = chunk_tokens * 128;
   static constexpr int tile = chunk_tokens * K * 2;
-  static constexpr int square = chunk_tokens * chunk_tokens * 2;
-  static constexpr int nbg = 0;               // [64, K]  -beta k exp(G)
-  static constexpr int kg = tile;             // [64, K]  k exp(G_end - G)
-  static constexpr int a = 2 * tile;          // [64, 64] (I + M)^-1, blocks above the diagonal unspecified
-  static constexpr int decay = a + square;    // [K] fp32 exp(G_end)
-  static constexpr int beta = decay + 4 * K;  // [64] fp32
-  static constexpr int state_bytes = beta + 4 * chunk_tokens;  // what the state's own chain needs ends here
-  static constexpr int qg = 0;                                 // after state_bytes: [64, K] scale q exp(G)
-  static constexpr int aqk = tile;                             // [64, 64], blocks above the diagonal unspecified
+  static constexpr int square = panel;
+  static constexpr int nbg = 0;                                          // [64, K]  -beta k exp(G)
+  static constexpr int kg = tile;                                        // [64, K]  k exp(G_end - G)
+  static constexpr int a = 2 * tile;                                     // [64, 64] (I + M)^-1
+  static constexpr int decay = a + square;                               // [K] fp32 exp(G_end)
+  static constexpr int beta = decay + 4 * K;                             // [64] fp32
+  static constexpr int state_bytes = beta + 4 * chunk_tokens;            // what the state's own chain needs ends here
+  static constexpr int state_room = (state_bytes + 1023) / 1024 * 1024;  // in shared memory: operands begin at 1,024s
+  static constexpr int qg = 0;                                           // after state_bytes: [64, K] scale q exp(G)
+  static constexpr int aqk = tile;                                       // [64, 64] causal
   static constexpr int output_bytes = tile + square;
   static constexpr int bytes = state_bytes + output_bytes;
 };
@@ -195,7 +198,8 @@ __device__ __forceinline__ int anew(int x) {
 
 // ---------------------------------------------------------------- tiles
 
-/// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide.
+/// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide: the tiles
+/// that stay in shared memory, without panels.
 template <int width>
 __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * (2 * width) + ((piece ^ (row & 7)) << 4);

@@ -2,9 +2,9 @@
 //
 // The scan of maps: the state's columns, with values as in the forward scan, end as E; columns that begin as the
 // identity, without values, end as M. A block of threads owns all columns of one of the two, of one head and one piece
-// of the segment, a warp 16 of them, as a chain of kda_scan.cu; its two chains a quarter of the multiprocessor hide
-// each other's latency, and a record is read twice a piece, not once every 64 columns. Pieces are runs of chunks whose
-// maps are joined in fp32: the more heads, the fewer.
+// of the segment, a group of four warps 64 of them, as in kda_scan.cu; the groups of a block fill each other's waits,
+// and a record is read twice a piece, not once every 64 columns. Pieces are runs of chunks whose maps are joined in
+// fp32: the more heads, the fewer.
 #include "kernels/cuda/kda_scan.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
@@ -13,7 +13,7 @@ namespace {
 template <int K>
 struct Shared {
   static constexpr int warps = K / slice, stages = 3;
-  std::uint8_t state[stages][Record<K>::state_bytes];
+  std::uint8_t state[stages][Record<K>::state_room];
   std::uint8_t values[warps][values_ahead][slice_bytes];
   std::uint64_t full[stages], empty[stages];
 };
@@ -35,7 +35,7 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
   const auto fetch = [&](int c) {
     fetch_slice(s.values[warp][c % values_ahead], values, row, begin + c, p.length, c < chunks, lane);
   };
-  float state[K / 8][4];
+  float state[K / 8][4], sum[8][4], weighed_values[8][4];
   clear(state);
   if constexpr (is_m) {
 #pragma unroll
@@ -48,48 +48,55 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
   } else {
     for (int c = 0; c < values_ahead - 1; ++c) fetch(c);
   }
+  constexpr int operands = K / 16, panels = K / 64;
   Ring<Shared<K>::stages> at;
   for (int c = 0; c < chunks; ++c) {
+    barrier_wait(&s.full[at.stage], at.phase);
+    const std::uint8_t* record = s.state[at.stage];
+    const std::uint32_t tile = shared_address(record);
+    std::uint32_t from[operands][4];
+    as_operands<operands>(from, state);
+    scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
+    // rhs = beta v - (beta k exp(G)) S, transposed
+    begin_products();
+    multiply_channels<K, 0, operands>(sum, from, tile + Record<K>::nbg, false);
+    end_group();
     if constexpr (!is_m) {
       fetch(c + values_ahead - 1);
       copy_async_wait<values_ahead - 1>();
       __syncwarp();
+      weigh_values(weighed_values, reinterpret_cast<const float*>(record + Record<K>::beta),
+                   s.values[warp][c % values_ahead], lane);
     }
-    barrier_wait(&s.full[at.stage], at.phase);
-    const std::uint8_t* record = s.state[at.stage];
-    const std::uint32_t tile = shared_address(record);
-    // rhs = beta v - (beta k exp(G)) S, transposed
-    float rhs[8][4];
-    if constexpr (is_m) {
-      clear(rhs);
-    } else {
-      weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[warp][c % values_ahead],
-                   lane);
-    }
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, state[2 * n], state[2 * n + 1]);
-      multiply_transposed<K>(rhs, a, tile + Record<K>::nbg, 16 * n, 0, lane);
-    }
+    wait_for_groups<0>();
+    settle<8>(sum);
     // v_new = A rhs
-    float v_new[8][4];
-    clear(v_new);
+    std::uint32_t rhs[4][4], v_new[4][4];
+    if constexpr (is_m) {
+      as_operands<4>(rhs, sum);
+    } else {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, rhs[2 * n], rhs[2 * n + 1]);
-      multiply_transposed<chunk_tokens>(v_new, a, tile + Record<K>::a, 16 * n, n, lane);
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) weighed_values[n][e] += sum[n][e];
+      }
+      as_operands<4>(rhs, weighed_values);
     }
+    begin_products();
+    multiply_square(sum, rhs, tile + Record<K>::a, false);
+    end_group();
+    wait_for_groups<0>();
+    settle<8>(sum);
     // S = exp(G_end) S + kg^T v_new
-    scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
+    as_operands<4>(v_new, sum);
+    begin_products();
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
-      multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
+    for (int n = 0; n < panels; ++n) {
+      multiply_tokens(state + 8 * n, v_new, tile + Record<K>::kg + n * Record<K>::panel, true);
     }
-    fence_async();
+    end_group();
+    wait_for_groups<0>();
+    settle<K / 8>(state);
     release(&s.empty[at.stage], lane);
     at.next();
   }
@@ -97,8 +104,12 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
   store_state<K>(state, out, K, first, lane);
 }
 
+/// The last four warps are there for one producer: registers go by groups of four.
 template <int K>
-__global__ void __launch_bounds__(2 * K + 32, 1)
+constexpr int map_threads = 2 * K + 128;
+
+template <int K>
+__global__ void __launch_bounds__(map_threads<K>, 1)
     map_kernel(const __grid_constant__ Problem p, const __grid_constant__ MapScan io, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<Shared<K>*>(memory);
@@ -115,13 +126,16 @@ __global__ void __launch_bounds__(2 * K + 32, 1)
     barrier_fence_init();
   }
   __syncthreads();
-  if (warp == warps) {
+  if (warp >= warps) {
+    if constexpr (K == 128) set_registers<false, 40>();
+    if (warp > warps) return;
     const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
     produce<Shared<K>::stages, Record<K>::state_bytes>(
         s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
         Record<K>::bytes, count, nullptr, lane);
     return;
   }
+  if constexpr (K == 128) set_registers<true, 232>();
   const std::size_t out = static_cast<std::size_t>(index) * K * K;
   if (is_m) {
     walk<K, true>(p, s, head, begin, count, warp, lane, io.m + out);
@@ -181,7 +195,8 @@ __global__ void __launch_bounds__(join_threads)
 
 template <int K>
 cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
-  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), false, stream, p, s);
+  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, map_threads<K>, sizeof(Shared<K>), false, stream, p,
+                s);
 }
 
 template <int K>

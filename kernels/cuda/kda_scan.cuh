@@ -1,21 +1,15 @@
 // What the scans share: the rings their records come through, their products, and where a state's columns lie.
 #pragma once
 
-#include "kernels/cuda/kda_common.cuh"
+#include "kernels/cuda/kda_wgmma.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
-
-/// The scans with two warps a chain (kda_scan_split.cu).
-cudaError_t scan_forward_split(const Problem& p, const ForwardScan& s, cudaStream_t stream);
-cudaError_t scan_reverse_split(const Problem& p, const ReverseScan& s, cudaStream_t stream);
-
 namespace {
 
-constexpr int slice = 16;  // columns a chain
+constexpr int slice = 16;  // columns a warp
 constexpr int slice_bytes = chunk_tokens * slice * 2;
+constexpr int group_warps = 4, group_columns = slice * group_warps;
 constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
-
-enum class Mode { outputs, states };
 
 /// Position in a ring of `stages` buffers.
 template <int stages>
@@ -62,8 +56,8 @@ __device__ __forceinline__ int wait_until_ready(const int* ready, int step, int 
 
 /// A warp: copies part of every record of a head into a ring, chunk by chunk, `step` bytes further each time; waits for
 /// records if ready is not null.
-template <int stages, int bytes>
-__device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
+template <int stages, int bytes, int room>
+__device__ void produce(std::uint8_t (*ring)[room], std::uint64_t* full, std::uint64_t* empty,
                         const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane) {
   Ring<stages> at;
   int known = 0;
@@ -79,8 +73,8 @@ __device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::u
   }
 }
 
-/// A warp is done with a stage of a ring: after stores of what it made of all that it read there, which cannot be made
-/// before the loads have ended, or after fence_async().
+/// A warp is done with a stage of a ring: after the end of the products that read it, and of those that read what was
+/// made of all that it loaded there.
 __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   __syncwarp();
   if (lane == 0) barrier_arrive(empty);
@@ -104,31 +98,40 @@ __device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_
   copy_async_commit();
 }
 
-/// acc [16, 64 or K] += a [16, 16 tokens] tile[token, columns], for column groups [0, groups).
-template <int width>
-__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile, int row,
-                                              int groups, int lane) {
+// Products with tiles of a record in shared memory, at `tile`. Sums and left operands are transposed: rows are columns
+// of the state, 64 a group of warps.
+
+/// sum [64, 64 tokens] += a [64, K] tile[token, channel]^T, for operands [from, to) of 16 channels each.
+template <int K, int from, int to>
+__device__ __forceinline__ void multiply_channels(float (&sum)[8][4], const std::uint32_t (&a)[K / 16][4],
+                                                  std::uint32_t tile, bool accumulate) {
+  const std::uint64_t b = operand_at(tile);
 #pragma unroll
-  for (int n = 0; n < width / 16; ++n) {
-    if (n >= groups) break;
-    std::uint32_t b[4];
-    load_matrices_transposed(b, tile + block_offset<width>(row, 16 * n, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
+  for (int n = from; n < to; ++n) {
+    multiply<64, false>(sum, a[n], b + (n / 4 * Record<K>::panel + n % 4 * 32) / 16, accumulate || n > from);
   }
 }
-/// acc [16, 64] += a [16, 16 columns] tile[token, column]^T, for groups of 16 tokens [first, 4).
-template <int width>
-__device__ __forceinline__ void multiply_transposed(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                                                    int column, int first, int lane) {
+/// sum [64, 64] += a [64, 64] square^T.
+__device__ __forceinline__ void multiply_square(float (&sum)[8][4], const std::uint32_t (&a)[4][4],
+                                                std::uint32_t square, bool accumulate) {
+  const std::uint64_t b = operand_at(square);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) multiply<64, false>(sum, a[n], b + n * 2, accumulate || n > 0);
+}
+/// sum [64, 64] += a [64, 64 tokens] panel[token, column]: 64 columns of a tile or all of a square.
+__device__ __forceinline__ void multiply_tokens(float (*sum)[4], const std::uint32_t (&a)[4][4], std::uint32_t panel,
+                                                bool accumulate) {
+  const std::uint64_t b = operand_at(panel);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    if (n < first) continue;
-    std::uint32_t b[4];
-    load_matrices(b, tile + block_offset_right<width>(16 * n, column, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
+    multiply<64, true>(sum, a[n], b + n * (block_tokens * 128 / 16), accumulate || n > 0);
   }
+}
+/// The sums of 16 n columns as n left operands.
+template <int n>
+__device__ __forceinline__ void as_operands(std::uint32_t (&a)[n][4], const float (&sum)[2 * n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) as_operand(a[i], sum[2 * i], sum[2 * i + 1]);
 }
 
 template <int groups>
