@@ -14,8 +14,9 @@ template <int K>
 struct Shared {
   static constexpr int warps = K / slice, stages = 3;
   std::uint8_t state[stages][Record<K>::state_room];
-  std::uint8_t values[warps][values_ahead][slice_bytes];
+  std::uint8_t values[value_stages][K / 64 * panel_bytes];
   std::uint64_t full[stages], empty[stages];
+  std::uint64_t values_full[value_stages], values_empty[value_stages];
 };
 
 struct MapScan {
@@ -24,17 +25,10 @@ struct MapScan {
   int pieces;
 };
 
-/// A warp's 16 columns over `chunks` chunks from chunk `begin`: of M, or of E.
+/// A warp's 16 columns over a piece's chunks: of M, or of E.
 template <int K, bool is_m>
-__device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, int begin, int chunks, int warp,
-                                     int lane, float* out) {
+__device__ __forceinline__ void walk(Shared<K>& s, int chunks, int warp, int lane, float* out) {
   const int first = warp * slice;
-  const std::size_t row = static_cast<std::size_t>(p.heads) * K;
-  const std::uint16_t* values =
-      p.v + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
-  const auto fetch = [&](int c) {
-    fetch_slice(s.values[warp][c % values_ahead], values, row, begin + c, p.length, c < chunks, lane);
-  };
   float state[K / 8][4], sum[8][4], weighed_values[8][4];
   clear(state);
   if constexpr (is_m) {
@@ -45,11 +39,10 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
         if (8 * n + lane % 4 * 2 + (e & 1) == first + lane / 4 + (e & 2) * 4) state[n][e] = 1.0f;
       }
     }
-  } else {
-    for (int c = 0; c < values_ahead - 1; ++c) fetch(c);
   }
   constexpr int operands = K / 16, panels = K / 64;
   Ring<Shared<K>::stages> at;
+  Ring<value_stages> values_at;
   for (int c = 0; c < chunks; ++c) {
     barrier_wait(&s.full[at.stage], at.phase);
     const std::uint8_t* record = s.state[at.stage];
@@ -62,11 +55,10 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
     multiply_channels<K, 0, operands>(sum, from, tile + Record<K>::nbg, false);
     end_group();
     if constexpr (!is_m) {
-      fetch(c + values_ahead - 1);
-      copy_async_wait<values_ahead - 1>();
-      __syncwarp();
+      barrier_wait(&s.values_full[values_at.stage], values_at.phase);
       weigh_values(weighed_values, reinterpret_cast<const float*>(record + Record<K>::beta),
-                   s.values[warp][c % values_ahead], lane);
+                   values_address(shared_address(s.values[values_at.stage]) + warp / 4 * panel_bytes, warp % 4, lane),
+                   lane);
     }
     wait_for_groups<0>();
     settle<8>(sum);
@@ -87,6 +79,8 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
     end_group();
     wait_for_groups<0>();
     settle<8>(sum);
+    if constexpr (!is_m) release(&s.values_empty[values_at.stage], lane);
+    values_at.next();
     // S = exp(G_end) S + kg^T v_new
     as_operands<4>(v_new, sum);
     begin_products();
@@ -100,11 +94,10 @@ __device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, i
     release(&s.empty[at.stage], lane);
     at.next();
   }
-  copy_async_wait<0>();
   store_state<K>(state, out, K, first, lane);
 }
 
-/// The last four warps are there for one producer: registers go by groups of four.
+/// The last four warps are there for two producers: registers go by groups of four.
 template <int K>
 constexpr int map_threads = 2 * K + 128;
 
@@ -123,11 +116,21 @@ __global__ void __launch_bounds__(map_threads<K>, 1)
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], warps);
     }
+    for (int i = 0; i < value_stages; ++i) {
+      barrier_init(&s.values_full[i], 32);
+      barrier_init(&s.values_empty[i], warps);
+    }
     barrier_fence_init();
   }
   __syncthreads();
   if (warp >= warps) {
     if constexpr (K == 128) set_registers<false, 40>();
+    if (warp == warps + 1 && !is_m) {
+      const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) *
+                                 static_cast<std::size_t>(K);
+      produce_values<K / 64>(s.values, s.values_full, s.values_empty, p.v + tokens,
+                             static_cast<std::size_t>(p.heads) * K, p.length, begin, 1, count, lane);
+    }
     if (warp > warps) return;
     const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
     produce<Shared<K>::stages, Record<K>::state_bytes>(
@@ -138,9 +141,9 @@ __global__ void __launch_bounds__(map_threads<K>, 1)
   if constexpr (K == 128) set_registers<true, 232>();
   const std::size_t out = static_cast<std::size_t>(index) * K * K;
   if (is_m) {
-    walk<K, true>(p, s, head, begin, count, warp, lane, io.m + out);
+    walk<K, true>(s, count, warp, lane, io.m + out);
   } else {
-    walk<K, false>(p, s, head, begin, count, warp, lane, io.e + out);
+    walk<K, false>(s, count, warp, lane, io.e + out);
   }
 }
 

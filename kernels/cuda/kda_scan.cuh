@@ -7,9 +7,9 @@ namespace deltapipe::kernels::cuda::kda {
 namespace {
 
 constexpr int slice = 16;  // columns a warp
-constexpr int slice_bytes = chunk_tokens * slice * 2;
 constexpr int group_warps = 4, group_columns = slice * group_warps;
-constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
+constexpr int panel_bytes = chunk_tokens * 128;  // 64 tokens of 64 columns, swizzled
+constexpr int value_stages = 2;                  // buffers of a chunk's v or d_o
 
 /// Position in a ring of `stages` buffers.
 template <int stages>
@@ -35,6 +35,12 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
       barrier_init(&s.output_full[i], 1);
       barrier_init(&s.output_empty[i], Shared::readers);
     }
+    for (int i = 0; i < value_stages; ++i) {
+      barrier_init(&s.values_full[i], 32);
+      barrier_init(&s.values_empty[i], Shared::readers);
+    }
+    barrier_init(&s.o_full, Shared::readers);
+    barrier_init(&s.o_empty, 1);
     barrier_fence_init();
   }
   __syncthreads();
@@ -80,22 +86,35 @@ __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   if (lane == 0) barrier_arrive(empty);
 }
 
-/// One warp: 16 columns of 16 of a chunk's rows of v or d_o, from row `first`, zeros beyond the segment's end.
-__device__ __forceinline__ void fetch_block(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
-                                            int first, int length, int lane) {
-  const int token = chunk * chunk_tokens + first + lane / 2;
-  const bool live = token < length;
-  copy_async_16(shared_address(to + lane / 2 * 32 + (lane & 1) * 16), from + (live ? token * row : 0) + (lane & 1) * 8,
-                live);
-}
-/// The whole chunk's. Always commits one group.
-__device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
-                                            int length, bool wanted, int lane) {
-  if (wanted) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) fetch_block(to + n * 512, from, row, chunk, 16 * n, length, lane);
+/// A warp: a chunk's rows of v or d_o, `panels` times 64 columns, into a ring of swizzled panels, zeros beyond the
+/// segment's end. from: of token 0; `row` elements to the next token. Chunks are first, first + step, ...
+template <int panels>
+__device__ void produce_values(std::uint8_t (*ring)[panels * panel_bytes], std::uint64_t* full, std::uint64_t* empty,
+                               const std::uint16_t* from, std::size_t row, int length, int first, int step, int chunks,
+                               int lane) {
+  constexpr int pieces = 8 * panels, rows = 32 / pieces;  // of 16 bytes a row; rows an instruction
+  const int piece = lane % pieces, r = lane / pieces;
+  const std::uint16_t* source = from + piece * 8;
+  Ring<value_stages> at;
+  for (int c = 0; c < chunks; ++c) {
+    if (c >= value_stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+    const int token = (first + c * step) * chunk_tokens + r;
+    const std::uint32_t to = shared_address(ring[at.stage]) + piece / 8 * panel_bytes;
+#pragma unroll 8
+    for (int n = 0; n < chunk_tokens; n += rows) {
+      const bool live = token + n < length;
+      copy_async_16(to + (n + r) * 128 + ((piece ^ (n + r)) & 7) * 16, source + (live ? (token + n) * row : 0), live);
+    }
+    copy_async_arrive(&full[at.stage]);
+    at.next();
   }
-  copy_async_commit();
+  copy_async_wait<0>();
+}
+/// The lane's ldmatrix address, transposed, of a warp's 16 columns of 16 tokens: (tokens 0-7, columns 0-7), (0-7,
+/// 8-15), (8-15, 0-7), (8-15, 8-15). warp: of a panel's four. The next 16 tokens are 2,048 bytes on.
+__device__ __forceinline__ std::uint32_t values_address(std::uint32_t panel, int warp, int lane) {
+  const int token = (lane & 7) + (lane >> 4) * 8, piece = 2 * warp + ((lane >> 3) & 1);
+  return panel + token * 128 + ((piece ^ (lane & 7)) << 4);
 }
 
 // Products with tiles of a record in shared memory, at `tile`. Sums and left operands are transposed: rows are columns
@@ -143,21 +162,20 @@ __device__ __forceinline__ void clear(float (&x)[groups][4]) {
   }
 }
 
-/// beta v, transposed, from a fetched slice of v.
-__device__ __forceinline__ void weigh_values(float (&rhs)[8][4], const float* beta, const std::uint8_t* values,
+/// beta v, transposed, of a warp's columns (values_address).
+__device__ __forceinline__ void weigh_values(float (&weighed)[8][4], const float* beta, std::uint32_t values,
                                              int lane) {
-  const std::uint32_t from = shared_address(values) + ((lane & 7) + (lane >> 4) * 8) * 32 + ((lane >> 3) & 1) * 16;
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    std::uint32_t v[4];  // (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
-    load_matrices_transposed(v, from + n * 16 * 32);
+    std::uint32_t v[4];
+    load_matrices_transposed(v, values + n * 2048);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 b = *reinterpret_cast<const float2*>(beta + 16 * n + 8 * h + lane % 4 * 2);
-      rhs[2 * n + h][0] = b.x * low(v[2 * h]);
-      rhs[2 * n + h][1] = b.y * high(v[2 * h]);
-      rhs[2 * n + h][2] = b.x * low(v[2 * h + 1]);
-      rhs[2 * n + h][3] = b.y * high(v[2 * h + 1]);
+      weighed[2 * n + h][0] = b.x * low(v[2 * h]);
+      weighed[2 * n + h][1] = b.y * high(v[2 * h]);
+      weighed[2 * n + h][2] = b.x * low(v[2 * h + 1]);
+      weighed[2 * n + h][3] = b.y * high(v[2 * h + 1]);
     }
   }
 }
@@ -187,15 +205,12 @@ __device__ __forceinline__ void store_state(const float (&s)[K / 8][4], float* s
   }
 }
 
-/// A [16, 16 m] left operand to rows [first, first + 16) of 8x8 tiles of a matrix `groups` tiles wide.
-__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[4], int first, int groups,
-                                            int m, int lane) {
-  auto* words = reinterpret_cast<std::uint32_t*>(to) + lane;
-  const int at = first / 8 * groups + 2 * m;
-  words[at * 32] = a[0];
-  words[(at + groups) * 32] = a[1];
-  words[(at + 1) * 32] = a[2];
-  words[(at + groups + 1) * 32] = a[3];
+/// A warp's [16, 16 n] matrix, as n left operands, to two rows of 8x8 tiles, each 2 n wide, in shared memory.
+template <int n>
+__device__ __forceinline__ void put_tiles(std::uint32_t to, const std::uint32_t (&a)[n][4], int lane) {
+  const std::uint32_t row = to + (lane >> 3 & 1) * (2 * n * 128) + (lane >> 4) * 128 + (lane & 7) * 16;
+#pragma unroll
+  for (int m = 0; m < n; ++m) store_matrices(row + m * 256, a[m]);
 }
 
 template <int K>
