@@ -56,12 +56,12 @@ std::size_t records_alone(const Problem& p) {
 /// blocks of the preparation run or have ended, and those wait for nothing: whatever else takes multiprocessors, the
 /// records that a scan waits for come.
 ///
-/// The scan of one chunk of all heads takes about as long as 0.1 multiprocessors need to prepare a chunk of one head
-/// (H100, K = 128: 0.7 us beside 7.2); four fifths of what the spare ones could do is left to them.
+/// The scan of one chunk of all heads takes about as long as 0.18 multiprocessors need to prepare a chunk of one head
+/// (H100, K = 128: 1.3 us beside 7.2); four fifths of what the spare ones could do is left to them.
 Pace pace_of(const Problem& p, void* records, bool backwards) {
   const int spare = spare_processors(p), heads = p.segments * p.heads;
   if (spare < 16) return {};
-  const double share = 0.8 * 0.1 * spare / heads;
+  const double share = 0.8 * 0.18 * spare / heads;
   return {.ready = reinterpret_cast<int*>(static_cast<std::uint8_t*>(records) + records_alone(p)),
           .late_chunks = static_cast<int>(p.chunks() * (share < 0.9 ? share : 0.9)),
           .late_blocks = spare,

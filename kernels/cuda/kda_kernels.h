@@ -79,6 +79,8 @@ struct ForwardScan {
   std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
   std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
   const int* ready = nullptr;       // of the prepare queued just before, which may still run
+  float* m = nullptr;               // scan_maps alone, whose state_out is e
+  int pieces = 1;
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 

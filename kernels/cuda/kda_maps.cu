@@ -1,151 +1,10 @@
-// Maps (M, E) of segments, and their products.
-//
-// The scan of maps: the state's columns, with values as in the forward scan, end as E; columns that begin as the
-// identity, without values, end as M. A block of threads owns all columns of one of the two, of one head and one piece
-// of the segment, a group of four warps 64 of them, as in kda_scan.cu; the groups of a block fill each other's waits,
-// and a record is read twice a piece, not once every 64 columns. Pieces are runs of chunks whose maps are joined in
-// fp32: the more heads, the fewer.
-#include "kernels/cuda/kda_scan.cuh"
+// Maps (M, E) of segments, and their products. The scan of a map's pieces is in kda_scan.cu: the state's columns, with
+// values as in the forward scan, end as E; columns that begin as the identity, without values, end as M. Pieces are
+// runs of chunks whose maps are joined here, in fp32: the more heads, the fewer.
+#include "kernels/cuda/kda_common.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
-
-template <int K>
-struct Shared {
-  static constexpr int warps = K / slice, stages = 3;
-  std::uint8_t state[stages][Record<K>::state_room];
-  std::uint8_t values[value_stages][K / 64 * panel_bytes];
-  std::uint64_t full[stages], empty[stages];
-  std::uint64_t values_full[value_stages], values_empty[value_stages];
-};
-
-struct MapScan {
-  const void* records;
-  float *m, *e;
-  int pieces;
-};
-
-/// A warp's 16 columns over a piece's chunks: of M, or of E.
-template <int K, bool is_m>
-__device__ __forceinline__ void walk(Shared<K>& s, int chunks, int warp, int lane, float* out) {
-  const int first = warp * slice;
-  float state[K / 8][4], sum[8][4], weighed_values[8][4];
-  clear(state);
-  if constexpr (is_m) {
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (8 * n + lane % 4 * 2 + (e & 1) == first + lane / 4 + (e & 2) * 4) state[n][e] = 1.0f;
-      }
-    }
-  }
-  constexpr int operands = K / 16, panels = K / 64;
-  Ring<Shared<K>::stages> at;
-  Ring<value_stages> values_at;
-  for (int c = 0; c < chunks; ++c) {
-    barrier_wait(&s.full[at.stage], at.phase);
-    const std::uint8_t* record = s.state[at.stage];
-    const std::uint32_t tile = shared_address(record);
-    std::uint32_t from[operands][4];
-    as_operands<operands>(from, state);
-    scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
-    // rhs = beta v - (beta k exp(G)) S, transposed
-    begin_products();
-    multiply_channels<K, 0, operands>(sum, from, tile + Record<K>::nbg, false);
-    end_group();
-    if constexpr (!is_m) {
-      barrier_wait(&s.values_full[values_at.stage], values_at.phase);
-      weigh_values(weighed_values, reinterpret_cast<const float*>(record + Record<K>::beta),
-                   values_address(shared_address(s.values[values_at.stage]) + warp / 4 * panel_bytes, warp % 4, lane),
-                   lane);
-    }
-    wait_for_groups<0>();
-    settle<8>(sum);
-    // v_new = A rhs
-    std::uint32_t rhs[4][4], v_new[4][4];
-    if constexpr (is_m) {
-      as_operands<4>(rhs, sum);
-    } else {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) weighed_values[n][e] += sum[n][e];
-      }
-      as_operands<4>(rhs, weighed_values);
-    }
-    begin_products();
-    multiply_square(sum, rhs, tile + Record<K>::a, false);
-    end_group();
-    wait_for_groups<0>();
-    settle<8>(sum);
-    if constexpr (!is_m) release(&s.values_empty[values_at.stage], lane);
-    values_at.next();
-    // S = exp(G_end) S + kg^T v_new
-    as_operands<4>(v_new, sum);
-    begin_products();
-#pragma unroll
-    for (int n = 0; n < panels; ++n) {
-      multiply_tokens(state + 8 * n, v_new, tile + Record<K>::kg + n * Record<K>::panel, true);
-    }
-    end_group();
-    wait_for_groups<0>();
-    settle<K / 8>(state);
-    release(&s.empty[at.stage], lane);
-    at.next();
-  }
-  store_state<K>(state, out, K, first, lane);
-}
-
-/// The last four warps are there for two producers: registers go by groups of four.
-template <int K>
-constexpr int map_threads = 2 * K + 128;
-
-template <int K>
-__global__ void __launch_bounds__(map_threads<K>, 1)
-    map_kernel(const __grid_constant__ Problem p, const __grid_constant__ MapScan io, int chunks) {
-  extern __shared__ __align__(1024) std::uint8_t memory[];
-  auto& s = *reinterpret_cast<Shared<K>*>(memory);
-  constexpr int warps = Shared<K>::warps;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool is_m = blockIdx.x % 2 == 0;
-  const int index = blockIdx.x / 2, heads = p.segments * p.heads, head = index % heads, piece = index / heads;
-  const int begin = chunks * piece / io.pieces, count = chunks * (piece + 1) / io.pieces - begin;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared<K>::stages; ++i) {
-      barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], warps);
-    }
-    for (int i = 0; i < value_stages; ++i) {
-      barrier_init(&s.values_full[i], 32);
-      barrier_init(&s.values_empty[i], warps);
-    }
-    barrier_fence_init();
-  }
-  __syncthreads();
-  if (warp >= warps) {
-    if constexpr (K == 128) set_registers<false, 40>();
-    if (warp == warps + 1 && !is_m) {
-      const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) *
-                                 static_cast<std::size_t>(K);
-      produce_values<K / 64>(s.values, s.values_full, s.values_empty, p.v + tokens,
-                             static_cast<std::size_t>(p.heads) * K, p.length, begin, 1, count, lane);
-    }
-    if (warp > warps) return;
-    const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
-    produce<Shared<K>::stages, Record<K>::state_bytes>(
-        s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
-        Record<K>::bytes, count, nullptr, lane);
-    return;
-  }
-  if constexpr (K == 128) set_registers<true, 232>();
-  const std::size_t out = static_cast<std::size_t>(index) * K * K;
-  if (is_m) {
-    walk<K, true>(s, count, warp, lane, io.m + out);
-  } else {
-    walk<K, false>(s, count, warp, lane, io.e + out);
-  }
-}
 
 constexpr int join_columns = 32, join_threads = 512;
 
@@ -194,12 +53,6 @@ __global__ void __launch_bounds__(join_threads)
   float* out = is_m ? m : e;
 #pragma unroll
   for (int r = 0; r < rows; ++r) out[own + (first + r) * K] = x[r];
-}
-
-template <int K>
-cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
-  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, map_threads<K>, sizeof(Shared<K>), false, stream, p,
-                s);
 }
 
 template <int K>
@@ -260,12 +113,6 @@ int map_pieces(const Problem& p) {
   const int fill = 132 / (2 * p.segments * p.heads), most = p.chunks() / 8;
   const int pieces = fill < most ? fill : most;
   return pieces < 1 ? 1 : pieces > 8 ? 8 : pieces;
-}
-
-cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
-                      cudaStream_t stream) {
-  const MapScan scan{records, piece_m, piece_e, pieces};
-  return p.head_dim == 128 ? scan_of<128>(p, scan, stream) : scan_of<64>(p, scan, stream);
 }
 
 cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,

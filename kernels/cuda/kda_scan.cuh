@@ -7,7 +7,7 @@ namespace deltapipe::kernels::cuda::kda {
 namespace {
 
 constexpr int slice = 16;  // columns a warp
-constexpr int group_warps = 4, group_columns = slice * group_warps;
+constexpr int group_warps = 4;
 constexpr int panel_bytes = chunk_tokens * 128;  // 64 tokens of 64 columns, swizzled
 constexpr int value_stages = 2;                  // buffers of a chunk's v or d_o
 
@@ -162,20 +162,19 @@ __device__ __forceinline__ void clear(float (&x)[groups][4]) {
   }
 }
 
-/// beta v, transposed, of a warp's columns (values_address).
-__device__ __forceinline__ void weigh_values(float (&weighed)[8][4], const float* beta, std::uint32_t values,
-                                             int lane) {
+/// sum += beta v, transposed; values as values_address has them.
+__device__ __forceinline__ void add_values(float (&sum)[8][4], const float* beta, const std::uint32_t (&values)[4][4],
+                                           int lane) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    std::uint32_t v[4];
-    load_matrices_transposed(v, values + n * 2048);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 b = *reinterpret_cast<const float2*>(beta + 16 * n + 8 * h + lane % 4 * 2);
-      weighed[2 * n + h][0] = b.x * low(v[2 * h]);
-      weighed[2 * n + h][1] = b.y * high(v[2 * h]);
-      weighed[2 * n + h][2] = b.x * low(v[2 * h + 1]);
-      weighed[2 * n + h][3] = b.y * high(v[2 * h + 1]);
+      float(&to)[4] = sum[2 * n + h];
+      to[0] += b.x * low(values[n][2 * h]);
+      to[1] += b.y * high(values[n][2 * h]);
+      to[2] += b.x * low(values[n][2 * h + 1]);
+      to[3] += b.y * high(values[n][2 * h + 1]);
     }
   }
 }
@@ -205,12 +204,17 @@ __device__ __forceinline__ void store_state(const float (&s)[K / 8][4], float* s
   }
 }
 
-/// A warp's [16, 16 n] matrix, as n left operands, to two rows of 8x8 tiles, each 2 n wide, in shared memory.
+/// A warp's [16, 16 n] matrix, as n left operands, to rows [first, first + 16) of 8x8 tiles, 2 n to a row.
 template <int n>
-__device__ __forceinline__ void put_tiles(std::uint32_t to, const std::uint32_t (&a)[n][4], int lane) {
-  const std::uint32_t row = to + (lane >> 3 & 1) * (2 * n * 128) + (lane >> 4) * 128 + (lane & 7) * 16;
+__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[n][4], int first, int lane) {
+  auto* words = reinterpret_cast<std::uint32_t*>(to) + first / 8 * (2 * n * 32) + lane;
 #pragma unroll
-  for (int m = 0; m < n; ++m) store_matrices(row + m * 256, a[m]);
+  for (int m = 0; m < n; ++m) {
+    words[(2 * m) * 32] = a[m][0];
+    words[(2 * m + 2 * n) * 32] = a[m][1];
+    words[(2 * m + 1) * 32] = a[m][2];
+    words[(2 * m + 1 + 2 * n) * 32] = a[m][3];
+  }
 }
 
 template <int K>
