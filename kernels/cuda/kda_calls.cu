@@ -84,6 +84,28 @@ class Status {
 
 }  // namespace
 
+cudaError_t box_map(CUtensorMap* map, const Problem& p, const std::uint16_t* tensor) {
+  static const auto encode = [] {  // the driver's, so that programs need not be linked with it
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f)
+               : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const auto k = static_cast<cuuint64_t>(p.head_dim), heads = static_cast<cuuint64_t>(p.heads),
+             length = static_cast<cuuint64_t>(p.length);
+  const cuuint64_t sizes[4] = {k, length, heads, static_cast<cuuint64_t>(p.segments)};
+  const cuuint64_t strides[3] = {2 * k * heads, 2 * k, 2 * k * heads * length};  // of all sizes but the first; bytes
+  const cuuint32_t box[4] = {64, chunk_tokens, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<std::uint16_t*>(tensor), sizes,
+                                 strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 bool supports(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
 // Behind the records: a flag each.

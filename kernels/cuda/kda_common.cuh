@@ -11,6 +11,8 @@
 
 #include "kernels/cuda/kda_kernels.h"
 
+#include <cuda.h>
+
 #include <cuda_bf16.h>
 
 namespace deltapipe::kernels::cuda::kda {
@@ -51,6 +53,9 @@ inline int processors() {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 }
+
+/// Boxes of [64 tokens, 64 columns] of a bf16 tensor [S, L, H, K], for load_box and store_box.
+cudaError_t box_map(CUtensorMap* map, const Problem& p, const std::uint16_t* tensor);
 
 // ---------------------------------------------------------------- instructions
 
@@ -144,10 +149,27 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
-/// The barrier's phase counts this thread's arrival when its copy_async_16 so far have arrived.
-__device__ __forceinline__ void copy_async_arrive(std::uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+/// A box of a tensor (box_map) at a column and token into swizzled shared memory; completes on `barrier` with all
+/// of the box's bytes, zeros where it lies outside.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& from, int column, int token, int head,
+                                         int segment, std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(to)),
+      "l"(&from), "r"(column), "r"(token), "r"(head), "r"(segment), "r"(shared_address(barrier))
+      : "memory");
 }
+/// The way back, of what lies inside; part of the thread's next group.
+__device__ __forceinline__ void store_box(const CUtensorMap& to, int column, int token, int head, int segment,
+                                          const void* from) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&to),
+               "r"(column), "r"(token), "r"(head), "r"(segment), "r"(shared_address(from))
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/// Until the thread's groups of stores have read shared memory; until they have ended.
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /// Waits for the thread's own reads and writes of shared memory, and orders them, and what barriers have ordered before
 /// them, with bulk copies issued after it. No barrier does: one may be passed with loads in flight, and a bulk copy
 /// that it sets off can overtake them.

@@ -17,107 +17,97 @@ enum class Mode { outputs, states, maps };
 
 /// Behind the warps that hold the state: producers of a record's two parts and of values, and who stores outputs.
 enum Role { state_producer, output_producer, value_producer, output_storer, roles };
-template <int K>
-constexpr int state_warps = K / slice;
-template <int K>
-constexpr int threads = (state_warps<K> + roles) * 32;
+template <int groups>
+constexpr int threads = (groups * group_warps + roles) * 32;
 
-template <int K, bool with_outputs>
+template <int K, int groups, bool with_outputs>
 struct Shared {
-  static constexpr int readers = state_warps<K>, panels = K / 64;
-  static constexpr int state_stages = 3, output_stages = with_outputs ? 2 : 1;
+  static constexpr int readers = groups * group_warps;
+  static constexpr int state_stages = 3, output_stages = !with_outputs ? 1 : groups == 1 ? 3 : 2;
   std::uint8_t state[state_stages][Record<K>::state_room];
   std::uint8_t output[output_stages][with_outputs ? Record<K>::output_bytes : 1024];
-  std::uint8_t values[value_stages][panels * panel_bytes];
-  std::uint8_t o[panels * panel_bytes];
+  std::uint8_t values[value_stages][groups * panel_bytes];
+  std::uint8_t o[with_outputs ? groups : 1][panel_bytes];
   std::uint64_t state_full[state_stages], state_empty[state_stages];
   std::uint64_t output_full[output_stages], output_empty[output_stages];
   std::uint64_t values_full[value_stages], values_empty[value_stages];
   std::uint64_t o_full, o_empty;
 };
-static_assert(Record<128>::output_bytes % 1024 == 0 && sizeof(Shared<128, true>) <= 232448);
+static_assert(Record<128>::output_bytes % 1024 == 0 && sizeof(Shared<128, 1, true>) <= 232448 &&
+              sizeof(Shared<128, 2, true>) <= 232448);
 
-/// A head's first element among q, k, v, o of all heads.
-__device__ __forceinline__ std::size_t head_offset(const Problem& p, int head) {
-  return (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) *
-         static_cast<std::size_t>(p.head_dim);
-}
+/// Which of a head's blocks a block is: of `groups` times 64 columns each.
+template <int K, int groups>
+struct Part {
+  int head, column;
+  __device__ __forceinline__ explicit Part(int index)
+      : head(index / (K / 64 / groups)), column(index % (K / 64 / groups) * (groups * 64)) {}
+};
 
-/// Four groups of four warps share the registers unevenly: those that hold the state need more than an even part.
-template <int K, bool more>
+/// Groups of four warps share the registers: where they are three, unevenly.
+template <int groups, bool more>
 __device__ __forceinline__ void share_registers() {
-  if constexpr (K == 128) set_registers<more, more ? 232 : 40>();
+  if constexpr (groups == 2) set_registers<more, more ? 232 : 40>();
 }
 
-/// The output storer: chunks' [64 tokens, 64 n columns] to o, which is the head's first token's.
-template <int n, class S>
-__device__ void store_outputs(S& s, std::uint16_t* o, std::size_t row, int length, int chunks, int lane) {
-  const int piece = lane % 8;
-  for (int c = 0; c < chunks; ++c) {
-    barrier_wait(&s.o_full, c & 1);
-#pragma unroll 1
-    for (int part = 0; part < 4 * n; ++part) {  // 16 tokens of a panel
-      const std::uint8_t* panel = s.o + part / 4 * panel_bytes;
-      const int first = part % 4 * 16 + lane / 8;
-      uint4 x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = *reinterpret_cast<const uint4*>(panel + (first + 4 * i) * 128 + ((piece ^ (first + 4 * i)) & 7) * 16);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = c * chunk_tokens + first + 4 * i;
-        if (token < length) *reinterpret_cast<uint4*>(o + token * row + part / 4 * 64 + piece * 8) = x[i];
-      }
-    }
-    release(&s.o_empty, lane);
-  }
-}
-
-template <int K, Mode mode>
-__global__ void __launch_bounds__(threads<K>, 1)
-    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io, int all_chunks) {
+template <int K, int groups, Mode mode>
+__global__ void __launch_bounds__(threads<groups>, 1)
+    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io,
+                   const __grid_constant__ Tensors tensors, int all_chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   constexpr bool outputs = mode == Mode::outputs, maps = mode == Mode::maps;
-  using S = Shared<K, outputs>;
+  using S = Shared<K, groups, outputs>;
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // A map's blocks: of M and E in turn, of all heads, of all pieces.
+  // A map's blocks: of M and E in turn, of all heads, of all pieces; all of a head's columns each.
   const int index = maps ? blockIdx.x / 2 : blockIdx.x, heads = p.segments * p.heads;
-  const int head = maps ? index % heads : index, piece = maps ? index / heads : 0;
+  const Part<K, groups> part(maps ? index % heads : index);
+  const int head = part.head, piece = maps ? index / heads : 0;
   const bool valueless = maps && blockIdx.x % 2 == 0;
   const int begin = maps ? all_chunks * piece / io.pieces : 0;
   const int chunks = maps ? all_chunks * (piece + 1) / io.pieces - begin : all_chunks;
   const std::size_t first_slot = static_cast<std::size_t>(head) * all_chunks + begin;
   init_barriers(s);
 
-  if (warp >= state_warps<K>) {
-    share_registers<K, false>();
-    const int role = warp - state_warps<K>;
+  if (warp >= groups * group_warps) {
+    share_registers<groups, false>();
+    const int role = warp - groups * group_warps, segment = head / p.heads, of_segment = head % p.heads;
     const int* ready = io.ready == nullptr ? nullptr : io.ready + first_slot;
     const std::uint8_t* records = static_cast<const std::uint8_t*>(io.records) + first_slot * Record<K>::bytes;
-    const std::size_t row = static_cast<std::size_t>(p.heads) * K;
     if (role == state_producer) {
       produce<S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records, Record<K>::bytes,
                                                        chunks, ready, lane);
-    } else if (role == value_producer && !valueless) {
-      produce_values<panels>(s.values, s.values_full, s.values_empty, p.v + head_offset(p, head), row, p.length, begin,
-                             1, chunks, lane);
+    } else if (role == value_producer) {
+      if (lane == 0 && !valueless) {
+        produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, of_segment,
+                               segment, begin, 1, chunks);
+      }
     } else if constexpr (outputs) {
       if (role == output_producer) {
         produce<S::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
                                                            records + Record<K>::state_bytes, Record<K>::bytes, chunks,
                                                            ready, lane);
-      } else {
-        store_outputs<panels>(s, io.o + head_offset(p, head), row, p.length, chunks, lane);
+      } else if (lane == 0) {
+        for (int c = 0; c < chunks; ++c) {
+          barrier_wait(&s.o_full, c & 1);
+          fence_async();
+#pragma unroll
+          for (int n = 0; n < groups; ++n) {
+            store_box(tensors.o, part.column + 64 * n, c * chunk_tokens, of_segment, segment, s.o[n]);
+          }
+          store_commit();
+          store_wait_read();
+          barrier_arrive(&s.o_empty);
+        }
+        store_wait();
       }
     }
     return;
   }
 
-  share_registers<K, true>();
-  const int panel = warp / group_warps, first = warp * slice;
+  share_registers<groups, true>();
+  const int group = warp / group_warps, first = part.column + warp * slice;
   float state[K / 8][4], sum[8][4], o[8][4] = {};
   std::uint32_t from[operands][4], values[4][4] = {};
   if (!maps && io.state_in != nullptr) {
@@ -144,7 +134,7 @@ __global__ void __launch_bounds__(threads<K>, 1)
     }
     if (!valueless) {
       const std::uint32_t from_values =
-          values_address(shared_address(s.values[values_at.stage]) + panel * panel_bytes, warp % group_warps, lane);
+          values_address(shared_address(s.values[values_at.stage]) + group * panel_bytes, warp % group_warps, lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) load_matrices_transposed(values[n], from_values + n * 2048);
     }
@@ -152,7 +142,7 @@ __global__ void __launch_bounds__(threads<K>, 1)
   // a chunk's outputs to who stores them
   const auto hand_over = [&](int c, const std::uint32_t(&a)[4][4]) {
     if (c > 0) barrier_wait(&s.o_empty, (c - 1) & 1);
-    const std::uint32_t to = values_address(shared_address(s.o) + panel * panel_bytes, warp % group_warps, lane);
+    const std::uint32_t to = values_address(shared_address(s.o[group]), warp % group_warps, lane);
 #pragma unroll
     for (int n = 0; n < 4; ++n) store_matrices_transposed(to + n * 2048, a[n]);
     release(&s.o_full, lane);
@@ -248,20 +238,22 @@ __global__ void __launch_bounds__(threads<K>, 1)
   wait_for_previous_kernel();
 }
 
-template <int K>
-__global__ void __launch_bounds__(threads<K>, 1)
-    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io, int chunks) {
+template <int K, int groups>
+__global__ void __launch_bounds__(threads<groups>, 1)
+    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io,
+                   const __grid_constant__ Tensors tensors, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using S = Shared<K, true>;
+  using S = Shared<K, groups, true>;
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int head = blockIdx.x;
+  const Part<K, groups> part(blockIdx.x);
+  const int head = part.head;
   init_barriers(s);
 
-  if (warp >= state_warps<K>) {
-    share_registers<K, false>();
-    const int role = warp - state_warps<K>;
+  if (warp >= groups * group_warps) {
+    share_registers<groups, false>();
+    const int role = warp - groups * group_warps;
     constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
     const int* ready = io.ready == nullptr ? nullptr : io.ready + static_cast<std::size_t>(head) * chunks + chunks - 1;
     const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
@@ -272,15 +264,15 @@ __global__ void __launch_bounds__(threads<K>, 1)
     } else if (role == output_producer) {
       produce<S::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, ready, lane);
-    } else if (role == value_producer) {
-      produce_values<panels>(s.values, s.values_full, s.values_empty, io.d_o + head_offset(p, head),
-                             static_cast<std::size_t>(p.heads) * K, p.length, chunks - 1, -1, chunks, lane);
+    } else if (role == value_producer && lane == 0) {
+      produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, head % p.heads,
+                             head / p.heads, chunks - 1, -1, chunks);
     }
     return;
   }
 
-  share_registers<K, true>();
-  const int panel = warp / group_warps, first = warp * slice;
+  share_registers<groups, true>();
+  const int group = warp / group_warps, first = part.column + warp * slice;
   float state[K / 8][4], sum[8][4];
   std::uint32_t from[operands][4], of_outputs[4][4];
   if (io.dstate_out != nullptr) {
@@ -292,7 +284,7 @@ __global__ void __launch_bounds__(threads<K>, 1)
   const auto begin_chunk = [&](int c, const Ring<value_stages>& values_at) {
     if (c < chunks) barrier_wait(&s.values_full[values_at.stage], values_at.phase);
     const std::uint32_t values =
-        values_address(shared_address(s.values[values_at.stage]) + panel * panel_bytes, warp % group_warps, lane);
+        values_address(shared_address(s.values[values_at.stage]) + group * panel_bytes, warp % group_warps, lane);
 #pragma unroll
     for (int n = 0; n < 4; ++n) load_matrices_transposed(of_outputs[n], values + n * 2048);
   };
@@ -375,43 +367,58 @@ __global__ void __launch_bounds__(threads<K>, 1)
   wait_for_previous_kernel();
 }
 
-int blocks(const Problem& p) { return p.segments * p.heads; }
-
-template <int K, Mode mode>
-cudaError_t forward_of(const Problem& p, const ForwardScan& s, int count, cudaStream_t stream) {
-  return launch(forward_kernel<K, mode>, count, threads<K>, sizeof(Shared<K, mode == Mode::outputs>),
-                s.ready != nullptr, stream, p, s);
+/// Few heads leave multiprocessors idle and wait for each chunk in turn: then a block takes half of a head's columns.
+int groups_of(const Problem& p) {
+  const int panels = p.head_dim / 64;
+  return p.segments * p.heads * panels <= processors() ? 1 : panels;
 }
+int blocks(const Problem& p, int groups) { return p.segments * p.heads * p.head_dim / 64 / groups; }
+
+/// f<K, groups>().
+template <class F>
+cudaError_t by_shape(const Problem& p, int groups, const F& f) {
+  if (p.head_dim == 64) return f.template operator()<64, 1>();
+  return groups == 1 ? f.template operator()<128, 1>() : f.template operator()<128, 2>();
+}
+
 template <Mode mode>
-cudaError_t forward_of(const Problem& p, const ForwardScan& s, int count, cudaStream_t stream) {
-  return p.head_dim == 128 ? forward_of<128, mode>(p, s, count, stream) : forward_of<64, mode>(p, s, count, stream);
-}
-
-template <int K>
-cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_kernel<K>, blocks(p), threads<K>, sizeof(Shared<K, true>), s.ready != nullptr, stream, p, s);
+cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, int times, cudaStream_t stream) {
+  Tensors tensors = {};
+  cudaError_t error = box_map(&tensors.values, p, p.v);
+  if (error == cudaSuccess && mode == Mode::outputs) error = box_map(&tensors.o, p, s.o);
+  if (error != cudaSuccess) return error;
+  return by_shape(p, groups, [&]<int K, int n>() {
+    return launch(forward_kernel<K, n, mode>, times * blocks(p, n), threads<n>,
+                  sizeof(Shared<K, n, mode == Mode::outputs>), s.ready != nullptr, stream, p, s, tensors);
+  });
 }
 
 }  // namespace
 
 int spare_processors(const Problem& p) {
-  const int spare = processors() - blocks(p);
+  const int spare = processors() - blocks(p, groups_of(p));
   return spare < 0 ? 0 : spare;
 }
 
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  return s.states != nullptr ? forward_of<Mode::states>(p, s, blocks(p), stream)
-                             : forward_of<Mode::outputs>(p, s, blocks(p), stream);
+  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups_of(p), 1, stream)
+                             : forward_of<Mode::outputs>(p, s, groups_of(p), 1, stream);
 }
 
 cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
                       cudaStream_t stream) {
   return forward_of<Mode::maps>(p, {.records = records, .state_out = piece_e, .m = piece_m, .pieces = pieces},
-                                2 * blocks(p) * pieces, stream);
+                                p.head_dim / 64, 2 * pieces, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
+  Tensors tensors = {};
+  const cudaError_t error = box_map(&tensors.values, p, s.d_o);
+  if (error != cudaSuccess) return error;
+  return by_shape(p, groups_of(p), [&]<int K, int n>() {
+    return launch(reverse_kernel<K, n>, blocks(p, n), threads<n>, sizeof(Shared<K, n, true>), s.ready != nullptr,
+                  stream, p, s, tensors);
+  });
 }
 
 }  // namespace deltapipe::kernels::cuda::kda

@@ -11,6 +11,11 @@ constexpr int group_warps = 4;
 constexpr int panel_bytes = chunk_tokens * 128;  // 64 tokens of 64 columns, swizzled
 constexpr int value_stages = 2;                  // buffers of a chunk's v or d_o
 
+/// A scan's tensors by boxes: v or d_o, and o if it is written.
+struct Tensors {
+  CUtensorMap values, o;
+};
+
 /// Position in a ring of `stages` buffers.
 template <int stages>
 struct Ring {
@@ -36,7 +41,7 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
       barrier_init(&s.output_empty[i], Shared::readers);
     }
     for (int i = 0; i < value_stages; ++i) {
-      barrier_init(&s.values_full[i], 32);
+      barrier_init(&s.values_full[i], 1);
       barrier_init(&s.values_empty[i], Shared::readers);
     }
     barrier_init(&s.o_full, Shared::readers);
@@ -86,29 +91,23 @@ __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   if (lane == 0) barrier_arrive(empty);
 }
 
-/// A warp: a chunk's rows of v or d_o, `panels` times 64 columns, into a ring of swizzled panels, zeros beyond the
-/// segment's end. from: of token 0; `row` elements to the next token. Chunks are first, first + step, ...
+/// A thread: `panels` times 64 columns of v or d_o, from `column` on, into a ring of swizzled panels, zeros beyond the
+/// segment's end. Chunks are first, first + step, ...
 template <int panels>
 __device__ void produce_values(std::uint8_t (*ring)[panels * panel_bytes], std::uint64_t* full, std::uint64_t* empty,
-                               const std::uint16_t* from, std::size_t row, int length, int first, int step, int chunks,
-                               int lane) {
-  constexpr int pieces = 8 * panels, rows = 32 / pieces;  // of 16 bytes a row; rows an instruction
-  const int piece = lane % pieces, r = lane / pieces;
-  const std::uint16_t* source = from + piece * 8;
+                               const CUtensorMap& from, int column, int head, int segment, int first, int step,
+                               int chunks) {
   Ring<value_stages> at;
   for (int c = 0; c < chunks; ++c) {
     if (c >= value_stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
-    const int token = (first + c * step) * chunk_tokens + r;
-    const std::uint32_t to = shared_address(ring[at.stage]) + piece / 8 * panel_bytes;
-#pragma unroll 8
-    for (int n = 0; n < chunk_tokens; n += rows) {
-      const bool live = token + n < length;
-      copy_async_16(to + (n + r) * 128 + ((piece ^ (n + r)) & 7) * 16, source + (live ? (token + n) * row : 0), live);
+    barrier_expect(&full[at.stage], panels * panel_bytes);
+#pragma unroll
+    for (int n = 0; n < panels; ++n) {
+      load_box(ring[at.stage] + n * panel_bytes, from, column + 64 * n, (first + c * step) * chunk_tokens, head,
+               segment, &full[at.stage]);
     }
-    copy_async_arrive(&full[at.stage]);
     at.next();
   }
-  copy_async_wait<0>();
 }
 /// The lane's ldmatrix address, transposed, of a warp's 16 columns of 16 tokens: (tokens 0-7, columns 0-7), (0-7,
 /// 8-15), (8-15, 0-7), (8-15, 8-15). warp: of a panel's four. The next 16 tokens are 2,048 bytes on.
@@ -232,7 +231,7 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
 /// beside: the kernel may start while the one before it runs, which has called start_next_kernel.
 template <class Kernel, class Io>
 cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
-                   const Problem& p, const Io& io) {
+                   const Problem& p, const Io& io, const Tensors& tensors) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
@@ -246,7 +245,7 @@ cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, b
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = beside ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+  return cudaLaunchKernelEx(&config, kernel, p, io, tensors, p.chunks());
 }
 
 }  // namespace
