@@ -149,6 +149,30 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+/// Which block of its cluster this is.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// All threads of the cluster's blocks that have not ended; what each wrote before, the others see after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+/// Arrives at the barrier in the same place of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(std::uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 /// A box of a tensor (box_map) at a column and token into swizzled shared memory; completes on `barrier` with all
 /// of the box's bytes, zeros where it lies outside.
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap& from, int column, int token, int head,

@@ -20,8 +20,9 @@ enum Role { state_producer, output_producer, value_producer, output_storer, role
 template <int groups>
 constexpr int threads = (groups * group_warps + roles) * 32;
 
-template <int K, int groups, bool with_outputs>
+template <int K, int groups, bool with_outputs, int cluster>
 struct Shared {
+  static constexpr int blocks = cluster;
   static constexpr int readers = groups * group_warps;
   static constexpr int state_stages = 3, output_stages = !with_outputs ? 1 : groups == 1 ? 3 : 2;
   std::uint8_t state[state_stages][Record<K>::state_room];
@@ -31,10 +32,10 @@ struct Shared {
   std::uint64_t state_full[state_stages], state_empty[state_stages];
   std::uint64_t output_full[output_stages], output_empty[output_stages];
   std::uint64_t values_full[value_stages], values_empty[value_stages];
-  std::uint64_t o_full, o_empty;
+  std::uint64_t o_full, o_empty, in_step[2];
 };
-static_assert(Record<128>::output_bytes % 1024 == 0 && sizeof(Shared<128, 1, true>) <= 232448 &&
-              sizeof(Shared<128, 2, true>) <= 232448);
+static_assert(Record<128>::output_bytes % 1024 == 0 && sizeof(Shared<128, 1, true, 1>) <= 232448 &&
+              sizeof(Shared<128, 2, true, 1>) <= 232448);
 
 /// Which of a head's blocks a block is: of `groups` times 64 columns each.
 template <int K, int groups>
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
                    const __grid_constant__ Tensors tensors, int all_chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   constexpr bool outputs = mode == Mode::outputs, maps = mode == Mode::maps;
-  using S = Shared<K, groups, outputs>;
+  using S = Shared<K, groups, outputs, maps ? 2 : 1>;
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -76,8 +77,8 @@ __global__ void __launch_bounds__(threads<groups>, 1)
     const int* ready = io.ready == nullptr ? nullptr : io.ready + first_slot;
     const std::uint8_t* records = static_cast<const std::uint8_t*>(io.records) + first_slot * Record<K>::bytes;
     if (role == state_producer) {
-      produce<S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records, Record<K>::bytes,
-                                                       chunks, ready, lane);
+      produce<S::blocks, S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
+                                                                  Record<K>::bytes, chunks, ready, lane, s.in_step);
     } else if (role == value_producer) {
       if (lane == 0 && !valueless) {
         produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, of_segment,
@@ -85,9 +86,9 @@ __global__ void __launch_bounds__(threads<groups>, 1)
       }
     } else if constexpr (outputs) {
       if (role == output_producer) {
-        produce<S::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
-                                                           records + Record<K>::state_bytes, Record<K>::bytes, chunks,
-                                                           ready, lane);
+        produce<1, S::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+                                                              records + Record<K>::state_bytes, Record<K>::bytes,
+                                                              chunks, ready, lane);
       } else if (lane == 0) {
         for (int c = 0; c < chunks; ++c) {
           barrier_wait(&s.o_full, c & 1);
@@ -236,6 +237,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
     store_state<K>(state, io.state_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   }
   wait_for_previous_kernel();
+  if constexpr (S::blocks > 1) cluster_sync();  // the other block may still arrive at this one's barriers
 }
 
 template <int K, int groups>
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
     reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io,
                    const __grid_constant__ Tensors tensors, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using S = Shared<K, groups, true>;
+  using S = Shared<K, groups, true, 1>;
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -259,10 +261,10 @@ __global__ void __launch_bounds__(threads<groups>, 1)
     const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
                                       (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
     if (role == state_producer) {
-      produce<S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back, chunks,
-                                                       ready, lane);
+      produce<1, S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
+                                                          chunks, ready, lane);
     } else if (role == output_producer) {
-      produce<S::output_stages, Record<K>::output_bytes>(
+      produce<1, S::output_stages, Record<K>::output_bytes>(
           s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, ready, lane);
     } else if (role == value_producer && lane == 0) {
       produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, head % p.heads,
@@ -388,8 +390,9 @@ cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, int t
   if (error == cudaSuccess && mode == Mode::outputs) error = box_map(&tensors.o, p, s.o);
   if (error != cudaSuccess) return error;
   return by_shape(p, groups, [&]<int K, int n>() {
-    return launch(forward_kernel<K, n, mode>, times * blocks(p, n), threads<n>,
-                  sizeof(Shared<K, n, mode == Mode::outputs>), s.ready != nullptr, stream, p, s, tensors);
+    constexpr int cluster = mode == Mode::maps ? 2 : 1;  // of M's block and E's, which read the same records
+    return launch(forward_kernel<K, n, mode>, times * blocks(p, n), cluster, threads<n>,
+                  sizeof(Shared<K, n, mode == Mode::outputs, cluster>), s.ready != nullptr, stream, p, s, tensors);
   });
 }
 
@@ -416,7 +419,7 @@ cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t st
   const cudaError_t error = box_map(&tensors.values, p, s.d_o);
   if (error != cudaSuccess) return error;
   return by_shape(p, groups_of(p), [&]<int K, int n>() {
-    return launch(reverse_kernel<K, n>, blocks(p, n), threads<n>, sizeof(Shared<K, n, true>), s.ready != nullptr,
+    return launch(reverse_kernel<K, n>, blocks(p, n), 1, threads<n>, sizeof(Shared<K, n, true, 1>), s.ready != nullptr,
                   stream, p, s, tensors);
   });
 }

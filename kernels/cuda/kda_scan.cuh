@@ -44,11 +44,16 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
       barrier_init(&s.values_full[i], 1);
       barrier_init(&s.values_empty[i], Shared::readers);
     }
+    for (std::uint64_t& barrier : s.in_step) barrier_init(&barrier, 1);
     barrier_init(&s.o_full, Shared::readers);
     barrier_init(&s.o_empty, 1);
     barrier_fence_init();
   }
-  __syncthreads();
+  if constexpr (Shared::blocks > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
 }
 
 /// A warp: waits until the record of chunk c is ready; how many are, from there on. ready: of the first chunk.
@@ -66,16 +71,23 @@ __device__ __forceinline__ int wait_until_ready(const int* ready, int step, int 
 }
 
 /// A warp: copies part of every record of a head into a ring, chunk by chunk, `step` bytes further each time; waits for
-/// records if ready is not null.
-template <int stages, int bytes, int room>
+/// records if ready is not null. Two blocks of a cluster, which read the same records, do so in step by their barriers
+/// in_step: the second finds them in the second-level cache.
+template <int blocks, int stages, int bytes, int room>
 __device__ void produce(std::uint8_t (*ring)[room], std::uint64_t* full, std::uint64_t* empty,
-                        const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane) {
+                        const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane,
+                        std::uint64_t* in_step = nullptr) {
+  const int other = blocks > 1 ? cluster_rank() ^ 1 : 0;
   Ring<stages> at;
   int known = 0;
   for (int c = 0; c < chunks; ++c) {
     if (ready != nullptr && c >= known) known = wait_until_ready(ready, step < 0 ? -1 : 1, c, chunks, lane);
     if (lane == 0) {
       if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+      if constexpr (blocks > 1) {
+        barrier_arrive_at(in_step + c % 2, other);  // two by turns: the other may be a chunk ahead
+        barrier_wait(in_step + c % 2, c / 2 & 1);
+      }
       barrier_expect(&full[at.stage], bytes);
       bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
     }
@@ -90,7 +102,6 @@ __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   __syncwarp();
   if (lane == 0) barrier_arrive(empty);
 }
-
 /// A thread: `panels` times 64 columns of v or d_o, from `column` on, into a ring of swizzled panels, zeros beyond the
 /// segment's end. Chunks are first, first + step, ...
 template <int panels>
@@ -228,23 +239,26 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-/// beside: the kernel may start while the one before it runs, which has called start_next_kernel.
+/// cluster: blocks of a cluster. beside: the kernel may start while the one before it runs, which has called
+/// start_next_kernel.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
-                   const Problem& p, const Io& io, const Tensors& tensors) {
+cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::size_t shared, bool beside,
+                   cudaStream_t stream, const Problem& p, const Io& io, const Tensors& tensors) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = beside ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = beside ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, p, io, tensors, p.chunks());
 }
 
