@@ -14,28 +14,35 @@ struct JoinShared {
   float x[K][join_columns];
 };
 
-/// A block owns 32 columns of a head's [M | E] and takes them through one piece after another.
-template <int K>
+/// A block owns 32 columns of a head's [M | E] and takes them through one piece after another; or 32 columns of its
+/// state, and writes what comes into each piece.
+template <int K, bool states>
 __global__ void __launch_bounds__(join_threads)
-    join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, float* m, float* e) {
+    join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, const float* state_in, float* m,
+                float* e) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
-  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads;
+  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads, all = states ? parts : 2 * parts;
   const int column = threadIdx.x % join_columns, first = threadIdx.x / join_columns * rows;
-  const int head = blockIdx.x / (2 * parts), part = blockIdx.x % (2 * parts);
-  const bool is_m = part < parts;
+  const int head = blockIdx.x / all, part = blockIdx.x % all;
+  const bool is_m = !states && part < parts;
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
-  const float* begin = is_m ? piece_m : piece_e;
+  const float* begin = states ? state_in : is_m ? piece_m : piece_e;
   float x[rows];
 #pragma unroll
-  for (int r = 0; r < rows; ++r) x[r] = begin[own + (first + r) * K];
-  for (int piece = 1; piece < pieces; ++piece) {
+  for (int r = 0; r < rows; ++r) x[r] = begin != nullptr ? begin[own + (first + r) * K] : 0.0f;
+  for (int i = 1; i < pieces; ++i) {
+    const int piece = states ? i - 1 : i;
+    if constexpr (states) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) e[piece * piece_size + own + (first + r) * K] = x[r];
+    }
     __syncthreads();
     const auto* from = reinterpret_cast<const float4*>(piece_m + piece * piece_size + at);
     auto* to = reinterpret_cast<float4*>(s.m);
 #pragma unroll
-    for (int i = threadIdx.x; i < K * K / 4; i += join_threads) to[i] = from[i];
+    for (int k = threadIdx.x; k < K * K / 4; k += join_threads) to[k] = from[k];
 #pragma unroll
     for (int r = 0; r < rows; ++r) s.x[first + r][column] = x[r];
     __syncthreads();
@@ -50,20 +57,21 @@ __global__ void __launch_bounds__(join_threads)
       }
     }
   }
-  float* out = is_m ? m : e;
+  float* out = states ? e + (pieces - 1) * piece_size : is_m ? m : e;
 #pragma unroll
   for (int r = 0; r < rows; ++r) out[own + (first + r) * K] = x[r];
 }
 
-template <int K>
-cudaError_t join_of(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
+template <int K, bool states>
+cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_in, float* m, float* e,
                     cudaStream_t stream) {
-  const cudaError_t set = cudaFuncSetAttribute(join_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = join_kernel<K, states>;
+  const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
-  const int heads = p.segments * p.heads;
-  join_kernel<K><<<static_cast<unsigned>(heads * 2 * K / join_columns), join_threads, sizeof(JoinShared<K>), stream>>>(
-      heads, pieces, piece_m, piece_e, m, e);
+  const int heads = p.segments * p.heads, parts = (states ? 1 : 2) * K / join_columns;
+  kernel<<<static_cast<unsigned>(heads * parts), join_threads, sizeof(JoinShared<K>), stream>>>(
+      heads, maps.pieces, maps.m, maps.e, state_in, m, e);
   return cudaGetLastError();
 }
 
@@ -115,10 +123,15 @@ int map_pieces(const Problem& p) {
   return pieces < 1 ? 1 : pieces > 8 ? 8 : pieces;
 }
 
-cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
-                      cudaStream_t stream) {
-  return p.head_dim == 128 ? join_of<128>(p, pieces, piece_m, piece_e, m, e, stream)
-                           : join_of<64>(p, pieces, piece_m, piece_e, m, e, stream);
+cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream) {
+  return p.head_dim == 128 ? join_of<128, false>(p, maps, nullptr, m, e, stream)
+                           : join_of<64, false>(p, maps, nullptr, m, e, stream);
+}
+
+cudaError_t piece_states(const Problem& p, const PieceMaps& maps, const float* state_in, float* states,
+                         cudaStream_t stream) {
+  return p.head_dim == 128 ? join_of<128, true>(p, maps, state_in, nullptr, states, stream)
+                           : join_of<64, true>(p, maps, state_in, nullptr, states, stream);
 }
 
 cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool transpose, const float* b, const float* c,

@@ -61,13 +61,13 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // A map's blocks: of M and E in turn, of all heads, of all pieces; all of a head's columns each.
-  const int index = maps ? blockIdx.x / 2 : blockIdx.x, heads = p.segments * p.heads;
-  const Part<K, groups> part(maps ? index % heads : index);
-  const int head = part.head, piece = maps ? index / heads : 0;
+  // Blocks of all heads, of all pieces; of maps, M's and E's by turns.
+  const int heads = p.segments * p.heads, parts = heads * (panels / groups);
+  const int index = maps ? blockIdx.x / 2 : blockIdx.x, piece = index / parts;
+  const Part<K, groups> part(index % parts);
+  const int head = part.head;
   const bool valueless = maps && blockIdx.x % 2 == 0;
-  const int begin = maps ? all_chunks * piece / io.pieces : 0;
-  const int chunks = maps ? all_chunks * (piece + 1) / io.pieces - begin : all_chunks;
+  const int begin = all_chunks * piece / io.pieces, chunks = all_chunks * (piece + 1) / io.pieces - begin;
   const std::size_t first_slot = static_cast<std::size_t>(head) * all_chunks + begin;
   init_barriers(s);
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
           fence_async();
 #pragma unroll
           for (int n = 0; n < groups; ++n) {
-            store_box(tensors.o, part.column + 64 * n, c * chunk_tokens, of_segment, segment, s.o[n]);
+            store_box(tensors.o, part.column + 64 * n, (begin + c) * chunk_tokens, of_segment, segment, s.o[n]);
           }
           store_commit();
           store_wait_read();
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   float state[K / 8][4], sum[8][4], o[8][4] = {};
   std::uint32_t from[operands][4], values[4][4] = {};
   if (!maps && io.state_in != nullptr) {
-    load_state<K>(state, io.state_in + static_cast<std::size_t>(head) * K * K, K, first, lane);
+    load_state<K>(state, io.state_in + (static_cast<std::size_t>(piece) * heads + head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   }
   if constexpr (maps) {
     store_state<K>(state, (valueless ? io.m : io.state_out) + static_cast<std::size_t>(index) * K * K, K, first, lane);
-  } else if (io.state_out != nullptr) {
+  } else if (io.state_out != nullptr && piece == io.pieces - 1) {
     store_state<K>(state, io.state_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   }
   wait_for_previous_kernel();
@@ -384,14 +384,14 @@ cudaError_t by_shape(const Problem& p, int groups, const F& f) {
 }
 
 template <Mode mode>
-cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, int times, cudaStream_t stream) {
+cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, cudaStream_t stream) {
   Tensors tensors = {};
   cudaError_t error = box_map(&tensors.values, p, p.v);
   if (error == cudaSuccess && mode == Mode::outputs) error = box_map(&tensors.o, p, s.o);
   if (error != cudaSuccess) return error;
   return by_shape(p, groups, [&]<int K, int n>() {
     constexpr int cluster = mode == Mode::maps ? 2 : 1;  // of M's block and E's, which read the same records
-    return launch(forward_kernel<K, n, mode>, times * blocks(p, n), cluster, threads<n>,
+    return launch(forward_kernel<K, n, mode>, cluster * s.pieces * blocks(p, n), cluster, threads<n>,
                   sizeof(Shared<K, n, mode == Mode::outputs, cluster>), s.ready != nullptr, stream, p, s, tensors);
   });
 }
@@ -404,14 +404,13 @@ int spare_processors(const Problem& p) {
 }
 
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups_of(p), 1, stream)
-                             : forward_of<Mode::outputs>(p, s, groups_of(p), 1, stream);
+  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups_of(p), stream)
+                             : forward_of<Mode::outputs>(p, s, groups_of(p), stream);
 }
 
-cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
-                      cudaStream_t stream) {
-  return forward_of<Mode::maps>(p, {.records = records, .state_out = piece_e, .m = piece_m, .pieces = pieces},
-                                p.head_dim / 64, 2 * pieces, stream);
+cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream) {
+  return forward_of<Mode::maps>(p, {.records = records, .state_out = maps.e, .pieces = maps.pieces, .m = maps.m},
+                                p.head_dim / 64, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {

@@ -289,9 +289,8 @@ class Call {
   void maps(Results& r, const Device<std::uint8_t>& records) const {
     const std::size_t size = c.state_in.size();
     const Device<float> m(size), e(size), mapped(size), mapped_back(size);
-    const Device<std::uint8_t> workspace(map_workspace(p) + 1);
     const int n = c.segments * c.heads;
-    check(segment_map(p, records.get(), m.get(), e.get(), workspace.get(), nullptr));
+    check(segment_map(p, records.get(), m.get(), e.get(), nullptr));
     check(multiply_add(n, c.dim, c.dim, m.get(), false, state_in.get(), e.get(), mapped.get(), nullptr));
     r.m = m.host(), r.e = e.host();
     check(backward_map(p, records.get(), d_o.get(), e.get(), nullptr));
@@ -337,11 +336,13 @@ void expect_same_bits(const Results& a, const Results& b) {
 }
 
 // What this field accepts of bf16 inputs and operands: each rounding is 2^-9 at most, 1e-3 in the mean, and a result
-// meets a few of them. da_log is a sum of signed terms: relative to the root of the sum of their squares.
-void expect_truth(const Case& c, const std::string& what) {
+// meets a few of them. da_log is a sum of signed terms. What is wrong with a state is wrong for many tokens, so the
+// errors of a channel's terms add up like their sizes, those of channels like independent ones (da_log_size): 0.002 of
+// that in the mean of 570 cases, 0.013 at most.
+void expect_truth(const Case& c, const std::string& what, bool keep_records = false) {
   SCOPED_TRACE(what);
   const Truth t = recurrence(c);
-  const Results r = run(c);
+  const Results r = run(c, keep_records);
   EXPECT_LT(relative_rms(r.o, t.o), 5e-3);
   EXPECT_LT(relative_rms(r.state, t.state), 5e-3);
   EXPECT_LT(relative_rms(r.mapped, t.state), 5e-3);
@@ -354,7 +355,6 @@ void expect_truth(const Case& c, const std::string& what) {
   EXPECT_LT(relative_rms(r.df, t.df), 2e-2);
   EXPECT_LT(relative_rms(r.ddt_bias, t.ddt_bias), 8e-3);
   for (std::size_t h = 0; h < t.da_log.size(); ++h) {
-    std::printf("RATIO %s %.2e\n", what.c_str(), std::abs(static_cast<double>(r.da_log[h]) - t.da_log[h]) / t.da_log_size[h]);
     EXPECT_NEAR(static_cast<double>(r.da_log[h]), t.da_log[h], 2e-2 * t.da_log_size[h]);
   }
 }
@@ -407,6 +407,14 @@ TEST_P(KdaCuda, LongSegments) {
   Case c(random, 2, 1030, 1, GetParam(), {.dt_mean = -9});
   c.pack(0, {-3, 700});
   expect_truth(c, "packed, length 1030");
+}
+
+// The forward scan that follows a map walks the map's pieces side by side.
+TEST_P(KdaCuda, PiecesSideBySide) {
+  expect_truth(Case(random, 1, 1100, 2, GetParam(), {.dt_mean = -7}), "length 1100", true);
+  Case c(random, 2, 2050, 1, GetParam(), {.dt_mean = -5});
+  c.pack(0, {-3, 700, 1024, 1100});
+  expect_truth(c, "packed, length 2050", true);
 }
 
 TEST_P(KdaCuda, KeptRecordsChangeNoBit) {
