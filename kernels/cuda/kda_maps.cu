@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(join_threads)
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
   const float* begin = states ? state_in : is_m ? piece_m : piece_e;
+  wait_for_previous_kernel();
   float x[rows];
 #pragma unroll
   for (int r = 0; r < rows; ++r) x[r] = begin != nullptr ? begin[own + (first + r) * K] : 0.0f;
@@ -70,9 +71,18 @@ cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
   const int heads = p.segments * p.heads, parts = (states ? 1 : 2) * K / join_columns;
-  kernel<<<static_cast<unsigned>(heads * parts), join_threads, sizeof(JoinShared<K>), stream>>>(
-      heads, maps.pieces, maps.m, maps.e, state_in, m, e);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute = {};  // its start meets the end of the kernel before
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(heads * parts));
+  config.blockDim = dim3(join_threads);
+  config.dynamicSmemBytes = sizeof(JoinShared<K>);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, heads, maps.pieces, static_cast<const float*>(maps.m),
+                            static_cast<const float*>(maps.e), state_in, m, e);
 }
 
 constexpr int product_tile = 32;

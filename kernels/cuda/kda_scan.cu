@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   const int begin = all_chunks * piece / io.pieces, chunks = all_chunks * (piece + 1) / io.pieces - begin;
   const std::size_t first_slot = static_cast<std::size_t>(head) * all_chunks + begin;
   init_barriers(s);
+  if (io.ready == nullptr) wait_for_previous_kernel();
 
   if (warp >= groups * group_warps) {
     share_registers<groups, false>();
@@ -392,7 +393,7 @@ cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, cudaS
   return by_shape(p, groups, [&]<int K, int n>() {
     constexpr int cluster = mode == Mode::maps ? 2 : 1;  // of M's block and E's, which read the same records
     return launch(forward_kernel<K, n, mode>, cluster * s.pieces * blocks(p, n), cluster, threads<n>,
-                  sizeof(Shared<K, n, mode == Mode::outputs, cluster>), s.ready != nullptr, stream, p, s, tensors);
+                  sizeof(Shared<K, n, mode == Mode::outputs, cluster>), stream, p, s, tensors);
   });
 }
 
@@ -403,9 +404,11 @@ int spare_processors(const Problem& p) {
   return spare < 0 ? 0 : spare;
 }
 
+// Pieces fill the device, and then its memory is what limits: whole heads a block read every record once.
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups_of(p), stream)
-                             : forward_of<Mode::outputs>(p, s, groups_of(p), stream);
+  const int groups = s.pieces > 1 ? p.head_dim / 64 : groups_of(p);
+  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups, stream)
+                             : forward_of<Mode::outputs>(p, s, groups, stream);
 }
 
 cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream) {
@@ -418,8 +421,8 @@ cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t st
   const cudaError_t error = box_map(&tensors.values, p, s.d_o);
   if (error != cudaSuccess) return error;
   return by_shape(p, groups_of(p), [&]<int K, int n>() {
-    return launch(reverse_kernel<K, n>, blocks(p, n), 1, threads<n>, sizeof(Shared<K, n, true, 1>), s.ready != nullptr,
-                  stream, p, s, tensors);
+    return launch(reverse_kernel<K, n>, blocks(p, n), 1, threads<n>, sizeof(Shared<K, n, true, 1>), stream, p, s,
+                  tensors);
   });
 }
 

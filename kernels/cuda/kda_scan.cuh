@@ -239,11 +239,11 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-/// cluster: blocks of a cluster. beside: the kernel may start while the one before it runs, which has called
-/// start_next_kernel.
+/// cluster: blocks of a cluster. The kernel may start while the one before it in the stream still runs, and waits for
+/// its end, or for its flags.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::size_t shared, bool beside,
-                   cudaStream_t stream, const Problem& p, const Io& io, const Tensors& tensors) {
+cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::size_t shared, cudaStream_t stream,
+                   const Problem& p, const Io& io, const Tensors& tensors) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
@@ -258,7 +258,7 @@ cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::siz
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = beside ? 2 : 1;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, p, io, tensors, p.chunks());
 }
 
