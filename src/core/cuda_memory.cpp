@@ -131,10 +131,11 @@ void* create_stream(int index, bool urgent) {
 
 void destroy_stream(void* stream) noexcept { cudaStreamDestroy(stream_of(stream)); }
 
-void* create_event(int index) {
+void* create_event(int index, bool times) {
   const DeviceScope scope(index);
   cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check(cudaEventCreateWithFlags(&event, times ? cudaEventDefault : cudaEventDisableTiming),
+        "cudaEventCreateWithFlags");
   return event;
 }
 
@@ -159,5 +160,11 @@ bool reached(void* event) {
 }
 
 void synchronize_event(void* event) { check(cudaEventSynchronize(event_of(event)), "cudaEventSynchronize"); }
+
+float elapsed_ms(void* begin, void* end) {
+  float ms = 0;
+  check(cudaEventElapsedTime(&ms, event_of(begin), event_of(end)), "cudaEventElapsedTime");
+  return ms;
+}
 
 }  // namespace deltapipe::cuda_memory

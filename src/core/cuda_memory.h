@@ -21,11 +21,12 @@ void synchronize(void* stream);
 
 void* create_stream(int index, bool urgent);
 void destroy_stream(void* stream) noexcept;
-void* create_event(int index);
+void* create_event(int index, bool times);
 void destroy_event(void* event) noexcept;
 void record(void* event, void* stream);
 void make_wait(void* stream, void* event);
 bool reached(void* event);
 void synchronize_event(void* event);
+float elapsed_ms(void* begin, void* end);
 
 }  // namespace deltapipe::cuda_memory

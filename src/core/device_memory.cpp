@@ -161,10 +161,10 @@ StreamOwner& StreamOwner::operator=(StreamOwner&& other) noexcept {
   return *this;
 }
 
-Event::Event(Device device) : device_(device) {
+Event::Event(Device device, [[maybe_unused]] bool times) : device_(device) {
   if (device.is_cpu()) return;
 #ifdef DELTAPIPE_CUDA
-  native_ = cuda_memory::create_event(device.index);
+  native_ = cuda_memory::create_event(device.index, times);
 #else
   no_cuda();
 #endif
@@ -202,6 +202,13 @@ bool Event::reached() const {
 
 void Event::synchronize() const {
   if (native_ != nullptr) DELTAPIPE_ON_CUDA(synchronize_event(native_));
+}
+
+double Event::seconds_since([[maybe_unused]] const Event& earlier) const {
+#ifdef DELTAPIPE_CUDA
+  if (native_ != nullptr) return 1e-3 * static_cast<double>(cuda_memory::elapsed_ms(earlier.native_, native_));
+#endif
+  return 0;
 }
 
 }  // namespace deltapipe

@@ -74,7 +74,8 @@ class StreamOwner {
 /// A point in a stream's work, where another stream or the host can meet it. On the CPU it has always been reached.
 class Event {
  public:
-  explicit Event(Device device);
+  /// One that `times` tells when it was reached, at some cost to the device.
+  explicit Event(Device device, bool times = false);
   ~Event();
   Event(Event&& other) noexcept;
   Event& operator=(Event&& other) noexcept;
@@ -88,6 +89,9 @@ class Event {
   /// True when the point has been reached, or was never recorded. Throws InternalError for a fault on the device.
   bool reached() const;
   void synchronize() const;
+  /// Seconds from `earlier` to this one, both reached and of the kind that times; 0 on the CPU. In float32
+  /// milliseconds: to a microsecond over ten seconds.
+  double seconds_since(const Event& earlier) const;
 
  private:
   Device device_;
