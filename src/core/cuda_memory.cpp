@@ -80,6 +80,13 @@ std::size_t memory_in_use(int index) {
   return total - available;
 }
 
+std::size_t memory_size(int index) {
+  const DeviceScope scope(index);
+  std::size_t available = 0, total = 0;
+  check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+  return total;
+}
+
 void release(int index, void* memory) noexcept {
   // Errors mean that the device or the driver has gone, and the memory with it.
   int before = 0;

@@ -12,6 +12,7 @@ void set_device(int index);
 void* allocate(int index, std::size_t bytes, const std::string& purpose);
 void release(int index, void* memory) noexcept;
 std::size_t memory_in_use(int index);
+std::size_t memory_size(int index);
 void page_lock(void* memory, std::size_t bytes, const std::string& purpose);
 void page_unlock(void* memory) noexcept;
 void copy(void* stream, std::size_t bytes, const void* from, void* to);

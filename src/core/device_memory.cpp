@@ -91,6 +91,15 @@ std::size_t memory_in_use(Device device) {
 #endif
 }
 
+std::size_t memory_size(Device device) {
+  if (device.is_cpu()) return 0;
+#ifdef DELTAPIPE_CUDA
+  return cuda_memory::memory_size(device.index);
+#else
+  no_cuda();
+#endif
+}
+
 bool page_lock([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes,
                [[maybe_unused]] const std::string& purpose) {
   if (cuda_device_count() == 0) return false;

@@ -36,6 +36,9 @@ void release_memory(Device device, void* memory, std::size_t bytes) noexcept;
 /// Bytes of the device's memory that are taken, by whatever process, CUDA's own included; 0 for the CPU.
 std::size_t memory_in_use(Device device);
 
+/// Bytes of memory that the device has; 0 for the CPU.
+std::size_t memory_size(Device device);
+
 /// Page-locks host memory, so that copies to and from CUDA devices run beside other work. Does nothing, and returns
 /// false, where there is no CUDA device. Throws MemoryError when the system refuses.
 bool page_lock(void* memory, std::size_t bytes, const std::string& purpose);
