@@ -122,7 +122,8 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
       batches.emplace_back(staging.arena, batch.arena, s.batch_sequences / mesh_.shape().data, s.sequence_length,
                            layout, mesh_.coordinate().sequence);
     }
-    const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
+    const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute,
+                                      plan_.config.pipeline.put_off_layers};
     pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
                                 arenas_.communication);
     trace_tasks(executor, context_.stream);
