@@ -5,7 +5,9 @@ set -euo pipefail
 deltapipe=$1
 mkdir text
 for i in $(seq 1 40); do
-  for j in $(seq 1 60); do echo "$i.$j: the gate decays the state of head $((j % 7)) by $((i * j % 11))."; done >"text/$i.txt"
+  for j in $(seq 1 60); do
+    echo "$i.$j: the gate decays the state of head $((j % 7)) by $((i * j % 11))."
+  done >"text/$i.txt"
 done
 "$deltapipe" data text --out train.h5 >data.log
 cat >teacher.toml <<'T'

@@ -2,7 +2,7 @@
 """The results of tools/bench/several_gpus.sh in one file and as tables: several_gpus.py FOLDER RANKS.
 
 Writes FOLDER/results.json: "rows" with the steps' rows (kind "step") and those of the sequence benchmark (kind
-"sequence", with the efficiency against one rank), and "runs", every program with its exit status, seconds and last word.
+"sequence", with the efficiency against one rank), and "runs": every program's exit status, seconds and last word.
 """
 import csv
 import json

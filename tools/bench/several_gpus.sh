@@ -4,9 +4,9 @@
 #
 #   tools/bench/several_gpus.sh N OUT [DATASET]     N: 2, 4 or 8; results, logs and traces go to the folder OUT
 #
-# DATASET: token dataset for the steps (default data/bench.h5, see tools/bench/README.md). At the end OUT/results.json
-# holds all rows and OUT/summary.txt their tables, what failed, and what was skipped and why: settings that the plan says
-# do not fit the GPUs, and what the time did not suffice for. Environment:
+# DATASET: token dataset for the steps (default data/bench.h5, see tools/bench/README.md). Paths are absolute, or begin at
+# the root of this tree. At the end OUT/results.json holds all rows and OUT/summary.txt their tables, what failed, and
+# what was skipped and why: settings that do not fit the GPUs, and what the time did not suffice for. Environment:
 #
 #   DELTAPIPE_BUILD  nothing is built: the programs are this folder's, laid out as build/cuda is
 #   PARTS            of "tests steps sequence" those to run; with 8 GPUs two goes leave time for all
@@ -75,10 +75,11 @@ fi
 judge() {  # RANKS SETTINGS...
   local n=$1
   shift
-  "${wrap[@]}" "$build/bin/deltapipe" plan "$config" --ranks "$n" "$@" --json "$out/plan.json" >"$out/plan.log" 2>&1 || {
+  if ! "${wrap[@]}" "$build/bin/deltapipe" plan "$config" --ranks "$n" "$@" --json "$out/plan.json" \
+    >"$out/plan.log" 2>&1; then
     echo "no plan: $(grep -a '^error' "$out/plan.log" | cut -c1-160)"
     return
-  }
+  fi
   python3 - "$out/plan.json" "$gib" <<'P'
 import json, sys
 plan = json.load(open(sys.argv[1]))
@@ -86,7 +87,7 @@ most = max(m["total"] for m in plan["memory"]) / 2**30
 print(f"fits {plan['stages'][0]['step_seconds']:.9f}" if most <= float(sys.argv[2]) else f"needs {most:.1f} GiB a rank")
 P
 }
-# Steps of one mesh, traced, where they fit; each word of ALTERNATIVES ("" for none, or KEY=VALUE) in turn until one does.
+# Steps of one mesh, traced, where they fit: as they are, or with the first of ALTERNATIVES (words KEY=VALUE) that does.
 slowness=1.5  # seconds for one of the plan's, until one GPU has shown it
 step() {  # NAME RANKS ALTERNATIVES SETTINGS...
   local name=$1 n=$2 alternatives=$3 settings=(--set "data.train=$data") chosen=() verdict='' why='' planned needed
@@ -117,7 +118,8 @@ step() {  # NAME RANKS ALTERNATIVES SETTINGS...
   gzip -f "$out/trace-$name.json"
   grep -a '^bubble' "$out/step-$name.log" >>"$out/summary.txt"
   [ "$n" -gt 1 ] || slowness=$(python3 -c "import json, sys
-print(1.2 * json.load(open(sys.argv[1]))['rows'][0]['step_seconds'] / float(sys.argv[2]))" "$out/step-$name.json" "$planned")
+row, = json.load(open(sys.argv[1]))['rows']
+print(1.2 * row['step_seconds'] / float(sys.argv[2]))" "$out/step-$name.json" "$planned")
 }
 if [[ $parts == *" steps "* ]]; then
   step one 1 "" stage.0.batch_sequences=1

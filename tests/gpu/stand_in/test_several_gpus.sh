@@ -11,9 +11,10 @@ bash "$root/tests/bench/tiny_job.sh" "$build/bin/deltapipe"
 sed -i 's/^name = "tiny"/&\ndevice = "cuda"/' job.toml
 export DELTAPIPE_BUILD=$build CONFIG=$work/job.toml TOKENS=1024 WRAP="env LD_PRELOAD=$stand_in"
 export DELTAPIPE_STAND_IN_LARGEST_COPY=65536
+script() { "$root/tools/bench/several_gpus.sh" 2 "$work/out" "$work/train.h5" >all.log 2>&1; }
 die() { echo "FAILED: $*" >&2; cat out/summary.txt out/*.log >&2; exit 1; }
 
-PARTS="steps sequence" GPU_GIB=70 "$root/tools/bench/several_gpus.sh" 2 "$work/out" "$work/train.h5" >all.log 2>&1 || die "the script"
+PARTS="steps sequence" GPU_GIB=70 script || die "the script"
 python3 - <<'P' || die "its results"
 import glob, gzip, json
 
@@ -34,9 +35,9 @@ assert [r["exit"] for r in result["runs"]] == ["0"] * 11, result["runs"]
 P
 
 rm -r out
-PARTS=steps GPU_GIB=0.001 "$root/tools/bench/several_gpus.sh" 2 "$work/out" "$work/train.h5" >all.log 2>&1 || die "the script, without memory"
+PARTS=steps GPU_GIB=0.001 script || die "the script, without memory"
 [ "$(grep -c 'skipped: needs 0.0 GiB a rank' out/summary.txt)" -ge 9 ] || die "what does not fit was run"
 rm -r out
-PARTS=sequence LIMIT=10 "$root/tools/bench/several_gpus.sh" 2 "$work/out" "$work/train.h5" >all.log 2>&1 || die "the script, without time"
+PARTS=sequence LIMIT=10 script || die "the script, without time"
 [ "$(grep -c 'sequence-.: skipped: the time is up' out/summary.txt)" -ge 2 ] || die "went on without time"
 echo "several_gpus.sh runs what fits and says what it skips"
