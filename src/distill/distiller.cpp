@@ -134,6 +134,8 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
   const LayerRange& range = student_->range();
   for (std::int64_t l = range.last - 1; l >= range.first; --l) {
     const auto i = static_cast<std::size_t>(l - range.first);
+    Context own = c;
+    if (c.tape != nullptr && !c.tape->takes(l - range.first)) own.tape = nullptr;
     if (const std::int64_t t = objective.teacher_layer_of(l); t >= 0) {
       const Tensor& theirs = teacher->hidden[static_cast<std::size_t>(t - teacher_->range().first)];
       kernels::hidden_loss(c.stream, state.hidden[i + 1], theirs, state.batch.labels,
@@ -141,12 +143,12 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
                            slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1), c.workspace);
     }
     if (recompute_) {
-      student_->block(l).backward_recomputing(c, state.batch, dx, state.hidden[i], dx);
+      student_->block(l).backward_recomputing(own, state.batch, dx, state.hidden[i], dx);
     } else {
-      student_->block(l).backward(c, state.batch, dx, state.hidden[i], state.saved[i], dx);
+      student_->block(l).backward(own, state.batch, dx, state.hidden[i], state.saved[i], dx);
     }
-    if (c.tape != nullptr) {
-      c.tape->end_layer(l);
+    if (own.tape != nullptr) {
+      own.tape->end_layer(l);
     } else if (complete) {
       complete(l);
     }

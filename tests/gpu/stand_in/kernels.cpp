@@ -205,7 +205,12 @@ bool is_wrong_address(std::uintptr_t word, bool in_struct) {
   constexpr std::uintptr_t lowest = std::uintptr_t{1} << 32, highest = std::uintptr_t{1} << 47;
   if (word < lowest || word >= highest) return false;
   const auto* address = reinterpret_cast<const void*>(word);
-  if (is_on_device(address)) return device_of(address) != current_device() && (!in_struct || was_ever_used(address));
+  // Half of an allocation's address above a small number, where allocations begin at multiples of 4 GiB.
+  const auto low = static_cast<std::uint32_t>(word);
+  const bool is_number = in_struct && low > 0 && low < 4096 && device_of(address) < 0;
+  if (is_on_device(address)) {
+    return device_of(address) != current_device() && !is_number && (!in_struct || was_ever_used(address));
+  }
   return !is_page_locked(address) && (!in_struct || word % sizeof(float) == 0) && is_mapped(word);
 }
 
