@@ -140,9 +140,10 @@ struct DistillConstants {
 /// Most classes N of a row.
 template <class T>
 std::int64_t most_classes();
-/// teacher may be null: then the temperature is 1. row_sums [rows, 10] in the order of LossSum; every entry is written.
+/// Rows of n logits begin every `pitch`. teacher may be null: then the temperature is 1. row_sums [rows, 10] in the
+/// order of LossSum; every entry is written.
 template <class T>
 cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                         double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream);
+                         double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream);
 
 }  // namespace deltapipe::kernels::cuda

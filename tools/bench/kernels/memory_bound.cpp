@@ -6,6 +6,7 @@
 #include "kernels/embedding.h"
 #include "kernels/gated_rms_norm.h"
 #include "kernels/hidden_loss.h"
+#include "kernels/linear.h"
 #include "kernels/reduce.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
@@ -137,9 +138,10 @@ void losses(Bench& b, std::int64_t tokens) {
     b.measure("hidden_loss, no gradient", x.shape.str(), bytes_of({x, t}), 0, [&] { run(Tensor()); });
   }
   const Tensor labels = b.integers({loss_rows}, vocabulary);
-  const Tensor zs = b.normal(model, {loss_rows, vocabulary}, 3), zt = b.normal(model, zs.shape, 3);
+  const Tensor zs = b.normal(model, {loss_rows, kernels::linear_row(s, model, vocabulary)}, 3),
+               zt = b.normal(model, zs.shape, 3);
   const auto run = [&](const kernels::DistillWeights& w, const Tensor& teacher, bool gradient) {
-    kernels::distill_loss(s, w, zs, teacher, labels, 1e-5, gradient, sums, b.workspace());
+    kernels::distill_loss(s, w, zs, teacher, labels, 1e-5, gradient, sums, b.workspace(), vocabulary);
   };
   const kernels::DistillWeights recipe{.ce = 0.2f, .kl = 0.2f, .temperature = 2};
   kernels::DistillWeights other = recipe, all = recipe;
