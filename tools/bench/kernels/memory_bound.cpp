@@ -13,7 +13,10 @@
 #include "kernels/short_conv.h"
 #include "tools/bench/kernels/bench.h"
 
+#include <array>
 #include <cmath>
+#include <span>
+#include <string>
 
 namespace deltapipe::bench {
 namespace {
@@ -110,16 +113,32 @@ void tokens_and_positions(Bench& b, std::int64_t tokens) {
             [&] { kernels::rope_forward(s, q, positions, frequencies, 1.3f, q); });
 }
 
-void convolution(Bench& b, std::int64_t tokens) {
+void convolutions(Bench& b, std::int64_t tokens) {
   const auto scope = b.scope();
   const Stream& s = b.stream();
   const Shape shape{1, tokens, hidden};
-  const Tensor x = b.normal(model, shape), w = b.normal(model, {hidden, 4}), dy = b.normal(model, shape);
-  const Tensor y = b.empty(model, shape), dw = b.normal(DType::f32, {hidden, 4}), start = b.integers({1, tokens}, 1);
-  b.measure("short_conv_forward", shape.str(), bytes_of({x, y}), 0,
-            [&] { kernels::short_conv_forward(s, x, w, Tensor(), start, y); });
-  b.measure("short_conv_backward", shape.str(), bytes_of({dy, x, y}), 0,
-            [&] { kernels::short_conv_backward(s, dy, x, w, Tensor(), start, y, dw, Tensor(), b.workspace()); });
+  const Tensor start = b.integers({1, tokens}, 1);
+  std::array<kernels::ShortConv, 3> forward;  // of q, k and v
+  std::array<kernels::ShortConvGradient, 3> backward;
+  for (std::size_t i = 0; i < 3; ++i) {
+    const Tensor x = b.normal(model, shape), w = b.normal(model, {hidden, 4}), y = b.empty(model, shape);
+    forward[i] = {.x = x, .w = w, .halo = {}, .y = y};
+    backward[i] = {.dy = b.normal(model, shape),
+                   .x = x,
+                   .w = w,
+                   .halo = {},
+                   .dx = y,
+                   .dw = b.normal(DType::f32, {hidden, 4}),
+                   .dhalo = {}};
+  }
+  const double bytes = bytes_of({forward[0].x});
+  for (const std::size_t n : {1, 3}) {
+    const std::string shapes = shape.str() + (n == 1 ? "" : " of q, k and v");
+    b.measure("short_conv_forward", shapes, 2 * bytes * static_cast<double>(n), 0,
+              [&] { kernels::short_conv_forward(s, std::span(forward).first(n), start); });
+    b.measure("short_conv_backward", shapes, 3 * bytes * static_cast<double>(n), 0,
+              [&] { kernels::short_conv_backward(s, std::span(backward).first(n), start, b.workspace()); });
+  }
 }
 
 void losses(Bench& b, std::int64_t tokens) {
@@ -191,7 +210,7 @@ void measure_memory_bound(Bench& bench, std::int64_t tokens) {
   activations(bench, tokens);
   norms(bench, tokens);
   tokens_and_positions(bench, tokens);
-  convolution(bench, tokens);
+  convolutions(bench, tokens);
   losses(bench, tokens);
   optimizer(bench);
 }
