@@ -141,7 +141,7 @@ __device__ void cluster_sum(cg::cluster_group& cluster, Shared& shared, float (&
 template <class T, Temperature kind, bool with_teacher, bool more>
 __global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
     rows_loss(DistillConstants c, T* student_logits, const T* teacher_logits, const std::int32_t* labels,
-              double* row_sums, std::int64_t rows, int n, int slots) {
+              double* row_sums, std::int64_t rows, int n, std::int64_t pitch, int slots) {
   constexpr int width = pack_width<T>, models = with_teacher ? 2 : 1;
   extern __shared__ uint4 stash[];  // [slots, models, threads], an entry its thread's own
   __shared__ Shared shared;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
   const Exponents<kind> e{c.inverse_temperature * log2_e};
 
   const auto part_of = [&](std::int64_t row) {
-    return Part<T>(student_logits + row * n, with_teacher ? teacher_logits + row * n : nullptr, n, block);
+    return Part<T>(student_logits + row * pitch, with_teacher ? teacher_logits + row * pitch : nullptr, n, block);
   };
   const auto place = [&](int slot, int model) { return stash + (slot * models + model) * threads + thread; };
   // Slots come in two groups of copies, so that the first half is worked on while the second arrives.
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
 
 template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                   double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream) {
+                   double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   const std::int64_t packs = (n + 2 * pack_width<T> - 2) / pack_width<T>;  // with the longest lead
   const std::int64_t each = (packs + cluster_blocks - 1) / cluster_blocks;
   const int slots = static_cast<int>((each + threads - 1) / threads);
@@ -485,7 +485,8 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (status != cudaSuccess) return status;
   config.gridDim.x = static_cast<unsigned>(cluster_blocks * std::min<std::int64_t>(rows, std::max(clusters, 1)));
-  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, rows, static_cast<int>(n), slots);
+  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, rows, static_cast<int>(n), pitch,
+                            slots);
 }
 
 }  // namespace
@@ -499,10 +500,10 @@ template std::int64_t most_classes<float>();
 
 template <class T>
 cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                         double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream) {
+                         double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto with = [&]<Temperature kind, bool with_teacher, bool more>() {
-    return launch<T, kind, with_teacher, more>(c, student, teacher, labels, row_sums, rows, n, stream);
+    return launch<T, kind, with_teacher, more>(c, student, teacher, labels, row_sums, rows, n, pitch, stream);
   };
   const bool more = c.with_reverse_kl || c.with_jsd || c.with_tvd;
   const auto of_kind = [&]<Temperature kind>() {
@@ -514,8 +515,8 @@ cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher
   return of_kind.template operator()<Temperature::any>();
 }
 template cudaError_t distill_loss(const DistillConstants&, Bits*, const Bits*, const std::int32_t*, double*,
-                                  std::int64_t, std::int64_t, cudaStream_t);
+                                  std::int64_t, std::int64_t, std::int64_t, cudaStream_t);
 template cudaError_t distill_loss(const DistillConstants&, float*, const float*, const std::int32_t*, double*,
-                                  std::int64_t, std::int64_t, cudaStream_t);
+                                  std::int64_t, std::int64_t, std::int64_t, cudaStream_t);
 
 }  // namespace deltapipe::kernels::cuda

@@ -97,9 +97,9 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
   const Tensor dy = train ? c.workspace.allocate(x.dtype, x.shape, "final hidden state gradient") : Tensor();
   student_->final_norm(c, x, y, rstd);
   const std::int64_t rows = std::min(loss_block_tokens_, tokens);
-  const Tensor student_logits = c.workspace.allocate(x.dtype, {rows, vocabulary}, "student logits");
-  const Tensor teacher_logits =
-      teacher != nullptr ? c.workspace.allocate(x.dtype, {rows, vocabulary}, "teacher logits") : Tensor();
+  const Shape logits{rows, kernels::linear_row(c.stream, x.dtype, vocabulary)};
+  const Tensor student_logits = c.workspace.allocate(x.dtype, logits, "student logits");
+  const Tensor teacher_logits = teacher != nullptr ? c.workspace.allocate(x.dtype, logits, "teacher logits") : Tensor();
   for (std::int64_t t = 0; t < tokens; t += rows) {
     const std::int64_t end = std::min(t + rows, tokens);
     const Tensor zs = student_logits.rows(0, end - t);
@@ -110,7 +110,7 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
       teacher_->head().forward(c, teacher->x.rows(t, end), zt);
     }
     kernels::distill_loss(c.stream, weights, zs, zt, state.batch.labels.rows(t, end), token_weight, train,
-                          slice(sums, 0, LossSums::head_count), c.workspace);
+                          slice(sums, 0, LossSums::head_count), c.workspace, vocabulary);
     if (train) student_->head().backward(c, zs, y.rows(t, end), dy.rows(t, end));
   }
   if (train) student_->final_norm_backward(c, dy, x, rstd, state.gradient);
