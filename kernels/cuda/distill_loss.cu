@@ -1,24 +1,24 @@
 // Clusters of eight blocks, as many as the device holds at once, walk through the rows. Each block keeps its part of
 // both models' logits of a row in shared memory from the first read to the last use, so device memory is read once and
-// written once, and what a thread no longer needs makes room for the next row:
-//   1. largest logit, its place and sums of exponentials, running, of every thread; combined over threads, blocks, and
-//      through distributed shared memory the cluster;
-//   2. probabilities from the normalisers: divergences, and the gradient where it needs no sum over the row;
-//   3. with reverse_kl, jsd or tvd: their sums combined over the cluster, then the gradient.
+// written once. A row passes through stages, of which different rows are in at the same time:
+//   1. sums of exponentials, the largest logit and its place, sum p (z_t - z_s): of every thread, running, then of the
+//      warp, the block, and through distributed shared memory the cluster, which gives ce and kl;
+//   2. with reverse_kl, jsd or tvd: probabilities from the normalisers, divergences, and their sums over the cluster;
+//   3. the gradient, written over the student's logits. What a thread no longer needs makes room for a later row.
+// Between a row's stages every block sends its sums to all. One warp waits for them and joins them while the others
+// are in the next row's first stage, and copies of the rows after it are on their way.
 // A thread's own terms are added in float (N / 4096 of them), everything else in double.
 //
 // Exponentials are powers of two of fma(z, log2(e) / T, -normaliser). What the float normaliser loses of the double one
-// is the same factor for the whole row and goes into the constants of the terms. d = log(p / q) is one fused operation,
-// rounded relative to itself, but for what the difference of the normalisers loses as a float, the same for all
-// classes: sum p d is corrected for it once. What is left is the normalisers' own error, which goes into sum p d as it
-// is: they are logarithms of sums of terms that are each right to 2^-22.
+// is the same factor for the whole row and goes into the constants of the terms. In the third stage d = log(p / q) is
+// one fused operation, rounded relative to itself, but for what the difference of the normalisers loses as a float,
+// the same for all classes: what lacks of a sum q d is added once.
 #include "kernels/cuda/distill_row.cuh"
 #include "kernels/cuda/launches.h"
 
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <cfloat>
 
 namespace deltapipe::kernels::cuda {
 namespace {
@@ -27,449 +27,571 @@ namespace cg = cooperative_groups;
 
 constexpr int cluster_blocks = 8;  // the most that every Hopper GPU runs
 constexpr int threads = 512, warps = threads / 32;
-constexpr int most_slots = 13;  // packs of a thread and model: 16 kB of shared memory for both models each
+constexpr int most_slots = 13;  // of a row, so that another one's first slot fits beside it
+constexpr int line = 128;       // bytes: parts of rows begin at multiples, but for a row's first
+constexpr int most_pending = 8;
 
 /// Places of a row's sums, as LossSum in kernels/distill_loss.h.
 enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
 
-/// The part of a row that a block holds. Packs are counted from the 16-byte boundary at or before the row's first
-/// element, `lead` elements earlier, so that whole packs can be moved at once whatever the row's length.
-template <class T>
-struct Part {
-  static constexpr int width = pack_width<T>;
-  T* student;
-  const T* teacher;
-  int n, lead;
-  bool vectors;  // both rows begin at the same distance from a boundary
-  int first, last;
-
-  __device__ Part(T* s, const T* t, int n_, int block) : student(s), teacher(t), n(n_) {
-    lead = static_cast<int>(reinterpret_cast<std::uintptr_t>(s) % 16 / sizeof(T));
-    vectors = t == nullptr || reinterpret_cast<std::uintptr_t>(t) % 16 == reinterpret_cast<std::uintptr_t>(s) % 16;
-    const int packs = (n + lead + width - 1) / width, each = (packs + cluster_blocks - 1) / cluster_blocks;
-    first = block * each + static_cast<int>(threadIdx.x);
-    last = min((block + 1) * each, packs);
-  }
-  __device__ __forceinline__ bool has(int slot) const { return first + slot * threads < last; }
-  __device__ __forceinline__ int element(int slot) const { return (first + slot * threads) * width - lead; }
-  __device__ __forceinline__ bool whole(int slot) const {
-    return vectors && element(slot) >= 0 && element(slot) + width <= n;
-  }
+/// How rows lie in blocks. A row's packs of 16 bytes are counted from the line's beginning at or before its first
+/// element. A block holds `each` consecutive packs, in `slots` of `stride`, a pack of both models a thread. The ring in
+/// shared memory holds `ring` slots, those of different rows one after the other.
+struct Layout {
+  int rows, n, each, stride, slots, ring;
+  int pending;  // slots that may still be on their way when one is needed
+  int idle;     // turns after a row's first stage in which no other row begins
 };
 
-/// Starts to copy a pack of `row` to shared memory. Elements outside the row become the lowest finite number: their
-/// probability is 0 on both sides, and their difference too.
-template <class T>
-__device__ __forceinline__ void fetch(const Part<T>& part, const T* row, int slot, uint4* to) {
-  const int at = part.element(slot);
-  if (part.whole(slot)) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
-        "l"(row + at)
-        : "memory");
-    return;
-  }
-  T v[Part<T>::width];
-#pragma unroll
-  for (int j = 0; j < Part<T>::width; ++j) {
-    if (at + j >= 0 && at + j < part.n) {
-      v[j] = row[at + j];
-    } else if constexpr (std::is_same_v<T, Bits>) {
-      v[j] = 0xff7f;
-    } else {
-      v[j] = -FLT_MAX;
-    }
-  }
-  if constexpr (std::is_same_v<T, Bits>) {
-    *to = make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-  } else {
-    *to = make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
-  }
-}
+/// A row, or none: row = -1.
+struct Row {
+  int row, label;
+  __device__ __forceinline__ bool there() const { return row >= 0; }
+};
+/// The row to look at next.
+struct Cursor {
+  int next, next_label;
+};
 
 /// A block's sums over its part: p d, -q d, m log(q / m), q log(q / m), |p - q|, q sign(q - p).
 enum Measure : int { m_kl, m_reverse_kl, m_mixture, m_student_to_mixture, m_tvd, m_mean_sign, measures };
 
-struct Shared {
-  Running<double> warp[2][warps];
-  // By turns of two rows, since a block may be a row ahead of one that still reads.
-  Running<double> block[2][2];  // [turn][model], read by the whole cluster
-  Normaliser normaliser[2][2];  // [turn][model]
-  Shift shift[2];
-  float label_logit[2][2];             // in block 0
-  double kl_parts[2][cluster_blocks];  // in block 0: every block's sum of p d of the row before
-  float warp_measures[warps][measures];
-  double block_measures[measures];  // read by the whole cluster
-  double row_measures[measures];
+/// Waits for this thread's copies but for the latest `pending` groups.
+__device__ __forceinline__ void wait_for(int pending) {
+#define DELTAPIPE_WAIT(i) \
+  case i: asm volatile("cp.async.wait_group %0;" ::"n"(i) : "memory"); break
+  switch (pending) {
+    DELTAPIPE_WAIT(8);
+    DELTAPIPE_WAIT(7);
+    DELTAPIPE_WAIT(6);
+    DELTAPIPE_WAIT(5);
+    DELTAPIPE_WAIT(4);
+    DELTAPIPE_WAIT(3);
+    DELTAPIPE_WAIT(2);
+    DELTAPIPE_WAIT(1);
+    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+#undef DELTAPIPE_WAIT
+}
+
+/// One store of 16 bytes; the compiler makes four of an assignment here.
+__device__ __forceinline__ void store_whole(void* to, const std::uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+/// What the cluster's sums over a row make of it.
+template <int models>
+struct Normalised {
+  float offset[models], factor[models], offset_1, ce;  // ce: c.ce times the factor of exponentials at 1
+  float kl_s, kl_t;                                    // c.kl times factors
+  float shift;                                         // d = (z_t - z_s) / T - shift, of which `lost` lacks
+  int argmax[models];
+  double lost, kl, ce_sum[models];
 };
 
-/// Sum of the warps' entry `i`, by lanes 0 .. 15 of a warp whose lanes all call.
-__device__ __forceinline__ double sum_of_warps(const Shared& shared, int i) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return warp_sum(lane < warps ? static_cast<double>(shared.warp_measures[lane][i]) : 0.0);
-}
+template <int models>
+struct Shared {
+  RowSums<float, models> warp[warps];
+  RowSums<double, models> block[2][cluster_blocks];  // by turns of two rows: every block's, sent by it
+  std::uint64_t arrived[2];                          // barriers of those
+  Normalised<models> row[4];                         // by turns of four rows
+};
+struct MeasuresShared {
+  float warp[warps][measures];
+  double block[2][cluster_blocks][measures];  // as above
+  std::uint64_t arrived[2];
+  double row[2][measures];
+};
+struct NoMeasures {};
 
-/// A warp's sums of its threads' `v`.
-template <int n>
-__device__ __forceinline__ void keep_warp_sums(Shared& shared, float (&v)[n]) {
+// Barriers in shared memory that count bytes which other blocks send. A phase ends with the block's own arrival, by
+// `expect`, and as many bytes.
+__device__ __forceinline__ std::uint32_t address_of(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void expect(std::uint64_t& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void start_barrier(std::uint64_t& barrier, int bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(&barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  expect(barrier, bytes);
+}
+/// Waits for a barrier's phase, counted from 0.
+__device__ __forceinline__ void await(std::uint64_t& barrier, unsigned phase) {
+  std::uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address_of(&barrier)), "r"(phase % 2)
+        : "memory");
+  }
+}
+/// Copies `from` to where `to` and its barrier are in block `rank`.
+template <class V>
+__device__ __forceinline__ void send(const V& from, V& to, std::uint64_t& barrier, int rank) {
+  static_assert(sizeof(V) % 8 == 0);
+  const auto in_rank = [rank](std::uint32_t address) {
+    std::uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+  };
+  const std::uint32_t at = in_rank(address_of(&to)), end = in_rank(address_of(&barrier));
+  std::uint64_t words[sizeof(V) / 8];
+  memcpy(words, &from, sizeof(V));
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    v[i] = warp_sum(v[i]);
-    if (threadIdx.x % 32 == 0) shared.warp_measures[threadIdx.x / 32][i] = v[i];
+  for (int i = 0; i < static_cast<int>(sizeof(V) / 8); ++i) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(at + 8 * i),
+                 "l"(words[i]), "r"(end)
+                 : "memory");
   }
-}
-
-/// Sum of every thread's `v` over the cluster, into shared.row_measures of every block.
-__device__ void cluster_sum(cg::cluster_group& cluster, Shared& shared, float (&v)[measures]) {
-  keep_warp_sums(shared, v);
-  __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (warp < measures) {
-    const double sum = sum_of_warps(shared, warp);
-    if (lane == 0) shared.block_measures[warp] = sum;
-  }
-  cluster.sync();
-  if (warp < measures) {
-    const double sum =
-        warp_sum(lane < cluster_blocks ? cluster.map_shared_rank(&shared, lane)->block_measures[warp] : 0.0);
-    if (lane == 0) shared.row_measures[warp] = sum;
-  }
-  __syncthreads();
 }
 
 /// `more`: reverse_kl, jsd or tvd have a weight.
+template <class T, bool more>
+inline constexpr int blocks_an_sm = sizeof(T) == 2 && !more ? 2 : 1;
+
 template <class T, Temperature kind, bool with_teacher, bool more>
-__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads, blocks_an_sm<T, more>)
     rows_loss(DistillConstants c, T* student_logits, const T* teacher_logits, const std::int32_t* labels,
-              double* row_sums, std::int64_t rows, int n, int slots) {
+              double* row_sums, Layout layout) {
   constexpr int width = pack_width<T>, models = with_teacher ? 2 : 1;
-  extern __shared__ uint4 stash[];  // [slots, models, threads], an entry its thread's own
-  __shared__ Shared shared;
+  extern __shared__ uint4 stash[];  // [ring, models, stride], an entry its thread's own
+  __shared__ Shared<models> shared;
+  __shared__ std::conditional_t<more, MeasuresShared, NoMeasures> measured;
   cg::cluster_group cluster = cg::this_cluster();
   const int block = static_cast<int>(cluster.block_rank()), thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32, lane = thread % 32;
-  const std::int64_t clusters = gridDim.x / cluster_blocks;
+  const int clusters = static_cast<int>(gridDim.x) / cluster_blocks, n = layout.n;
   const Exponents<kind> e{c.inverse_temperature * log2_e};
+  const float margin = most_exponent / fmaxf(e.c, log2_e);
 
-  const auto part_of = [&](std::int64_t row) {
-    return Part<T>(student_logits + row * n, with_teacher ? teacher_logits + row * n : nullptr, n, block);
+  // A thread's packs in its block's part: from `first` on, every stride, below `limit`.
+  const int limit = (block + 1) * layout.each, first = thread < layout.stride ? block * layout.each + thread : limit;
+  const auto student_row = [&](int row) { return student_logits + static_cast<std::int64_t>(row) * n; };
+  const auto teacher_row = [&](int row) { return teacher_logits + static_cast<std::int64_t>(row) * n; };
+  const auto lead_of = [](const T* row) {
+    return static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % line / sizeof(T));
   };
-  const auto place = [&](int slot, int model) { return stash + (slot * models + model) * threads + thread; };
-  // Slots come in two groups of copies, so that the first half is worked on while the second arrives.
-  const int first_half = (slots + 1) / 2;
-  const auto fetch_slot = [&](const Part<T>& part, bool there, int slot) {
-    if (there && part.has(slot) && part.whole(slot)) {
-      fetch(part, part.student, slot, place(slot, 0));
-      if constexpr (with_teacher) fetch(part, part.teacher, slot, place(slot, 1));
+  /// Whether copies of 16 bytes bring both models' rows.
+  const auto copied = [&](int row) {
+    return !with_teacher ||
+           (reinterpret_cast<std::uintptr_t>(student_row(row)) ^ reinterpret_cast<std::uintptr_t>(teacher_row(row))) %
+                   16 ==
+               0;
+  };
+  /// Element of the row that a slot's pack begins with, which may lie before it.
+  const auto element = [&](int slot, int lead) { return (first + slot * layout.stride) * width - lead; };
+  const auto has = [&](int slot, int at) { return first + slot * layout.stride < limit && at > -width && at < n; };
+  const auto whole = [&](int at) { return at >= 0 && at <= n - width; };
+  const auto place = [&](int index, int model) { return stash + (index * models + model) * layout.stride + thread; };
+  const auto wrapped = [&](int index) { return index >= layout.ring ? index - layout.ring : index; };
+
+  const auto clear = [&](int row) {
+    if (block == 0 && thread < sums) row_sums[static_cast<std::int64_t>(row) * sums + thread] = 0;
+    if (!c.write_gradient) return;
+    T* const to = student_row(row);
+    const int lead = lead_of(to);
+    for (int slot = 0; slot < layout.slots; ++slot) {
+      const int at = element(slot, lead);
+      if (!has(slot, at)) continue;
+      if (whole(at)) {
+        store_whole(to + at, {0, 0, 0, 0});
+      } else {
+        for (int j = max(at, 0); j < min(at + width, n); ++j) to[j] = T(0);
+      }
     }
-    if (slot == first_half - 1) asm volatile("cp.async.commit_group;" ::: "memory");
-    if (slot == slots - 1) asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  /// The next row of this cluster from `row` on that is not masked; those that are get zeros.
-  const auto unmasked = [&](std::int64_t row) {
-    for (; row < rows && labels[row] < 0; row += clusters) {
-      if (block == 0 && thread < sums) row_sums[row * sums + thread] = 0;
-      if (!c.write_gradient) continue;
-      const Part<T> part = part_of(row);
-      for (int slot = 0; part.has(slot); ++slot) {
-        const int at = part.element(slot);
-        if (part.whole(slot)) {
-          *reinterpret_cast<uint4*>(part.student + at) = make_uint4(0, 0, 0, 0);
+  /// Goes to this cluster's next row that is not masked, after `clear` of those that are. Labels are read a row ahead.
+  const auto advance = [&](Cursor& cursor, const auto& masked) {
+    int row = cursor.next, label = cursor.next_label;
+    while (row < layout.rows && label < 0) {
+      masked(row);
+      row += clusters;
+      label = row < layout.rows ? labels[row] : 0;
+    }
+    cursor.next = row + clusters;
+    if (cursor.next < layout.rows) cursor.next_label = labels[cursor.next];
+    return row < layout.rows ? Row{row, label} : Row{-1, 0};
+  };
+
+  Cursor arriving_rows{static_cast<int>(blockIdx.x) / cluster_blocks, labels[blockIdx.x / cluster_blocks]};
+  Cursor rows = arriving_rows;
+  Row arriving = advance(arriving_rows, clear);
+  int arriving_slot = 0, arriving_index = 0;
+  /// Starts to copy the next slot. A pack at a row's end brings elements of its line before the row, nothing behind it.
+  const auto fetch = [&] {
+    if (arriving.there()) {
+      T* const from = student_row(arriving.row);
+      const int at = element(arriving_slot, lead_of(from));
+      if (has(arriving_slot, at) && copied(arriving.row)) {
+        const int bytes = min(width, n - at) * static_cast<int>(sizeof(T));
+        const auto copy = [&](const T* row, int model) {
+          const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(place(arriving_index, model)));
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(row + at), "r"(bytes) : "memory");
+        };
+        copy(from, 0);
+        if constexpr (with_teacher) copy(teacher_row(arriving.row), 1);
+      }
+      arriving_index = wrapped(arriving_index + 1);
+      if (++arriving_slot == layout.slots) {
+        arriving_slot = 0;
+        arriving = advance(arriving_rows, clear);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  /// Puts the lowest finite number where a pack lies outside the row: its probability is 0 on both sides, and their
+  /// difference too. Brings the row's elements where no copy did.
+  const auto complete = [&](int row, int at, int index) {
+    const bool here = copied(row);
+#pragma unroll 1
+    for (int m = 0; m < models; ++m) {
+      T* const to = reinterpret_cast<T*>(place(index, m));
+      const T* const from = m == 0 ? student_row(row) : teacher_row(row);
+#pragma unroll 1
+      for (int j = 0; j < width; ++j) {
+        if (at + j >= 0 && at + j < n) {
+          if (!here) to[j] = from[at + j];
+        } else if constexpr (std::is_same_v<T, Bits>) {
+          to[j] = 0xff7f;
         } else {
-          for (int j = max(at, 0); j < min(at + width, n); ++j) part.student[j] = T(0);
+          to[j] = -FLT_MAX;
         }
       }
     }
-    return row;
   };
-  /// Row sums of `row`, whose values are those of `turn`; one thread of block 0.
-  const auto finish = [&](std::int64_t row, int turn, const double* measure) {
-    // From powers of two back with the very constant that led there, so that its rounding cancels.
-    const double ln_2 = 1 / static_cast<double>(log2_e);
-    const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
-    const int label = labels[row];
-    const double bad_label = label < n ? 0 : nan("");
-    const Normaliser& student = shared.normaliser[turn][0];
-    double* out = row_sums + row * sums;
-    out[ce] = student.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][0]) + bad_label;
-    out[student_correct] = student.argmax == label;
+
+  /// Row sums of a row: one thread of block 0.
+  const auto finish = [&](const Row& row, const Normalised<models>& s, [[maybe_unused]] const double* measure) {
+    const double bad_label = row.label < n ? 0 : nan("");
+    double* out = row_sums + static_cast<std::int64_t>(row.row) * sums;
+    out[ce] = s.ce_sum[0] + bad_label;
+    out[student_correct] = s.argmax[0] == row.label;
     out[tokens] = 1;
 #pragma unroll
     for (const int i : {kl, reverse_kl, jsd, tvd, top1_agree, teacher_correct, teacher_ce}) out[i] = 0;
     if constexpr (with_teacher) {
-      const Normaliser& teacher = shared.normaliser[turn][1];
-      out[teacher_ce] = teacher.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][1]) + bad_label;
-      out[teacher_correct] = teacher.argmax == label;
-      out[top1_agree] = student.argmax == teacher.argmax;
-      const double lost = shared.shift[turn].lost;
-      out[kl] = t2 * (measure[m_kl] - lost);
+      out[teacher_ce] = s.ce_sum[1] + bad_label;
+      out[teacher_correct] = s.argmax[1] == row.label;
+      out[top1_agree] = s.argmax[0] == s.argmax[1];
+      out[kl] = s.kl;
       if constexpr (more) {
-        if (c.with_reverse_kl) out[reverse_kl] = t2 * (measure[m_reverse_kl] + lost);
+        const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
+        if (c.with_reverse_kl) out[reverse_kl] = t2 * (measure[m_reverse_kl] + s.lost);
         // beta p log(p / m) + (1 - beta) q log(q / m) = m log(q / m) + beta p d; what d lacks cancels.
         if (c.with_jsd) out[jsd] = t2 * (measure[m_mixture] + static_cast<double>(c.beta) * measure[m_kl]);
         if (c.with_tvd) out[tvd] = 0.5 * measure[m_tvd];
       }
     }
   };
-  /// Sums p d of the row before, once all blocks brought theirs.
-  const auto finish_before = [&](std::int64_t row, int turn) {
-    double sum = 0;
-    for (int b = 0; b < cluster_blocks; ++b) sum += shared.kl_parts[turn][b];
-    sum *= static_cast<double>(shared.normaliser[turn][1].factor);
-    finish(row, turn, &sum);
+  /// Joins the blocks' sums: one warp.
+  const auto join = [&](const RowSums<double, models>(&blocks)[cluster_blocks], Normalised<models>& out) {
+    RowSums<double, models> r = no_sums<models>();
+    if (lane < cluster_blocks) r = blocks[lane];
+    r = merge_lanes(e, r, cluster_blocks);
+    const Normaliser own = normalise<kind, models>(e, r);
+    // From powers of two back with the very constants that led there, so that their rounding cancels.
+    const double ln_2 = 1 / static_cast<double>(log2_e);
+    const auto keep = [&](int m) {
+      out.offset[m] = own.offset;
+      out.factor[m] = own.factor;
+      out.argmax[m] = r.of[m].place;
+      out.ce_sum[m] = own.log2_1 * ln_2 - static_cast<double>(r.of[m].label_logit);
+    };
+    [[maybe_unused]] const double teacher_log2 = __shfl_sync(0xffffffffu, own.log2_t, 2 * (models - 1));
+    if (lane == 0) {
+      keep(0);
+      out.offset_1 = own.offset_1;
+      out.ce = c.ce * (kind == Temperature::one ? own.factor : own.factor_1);
+      out.kl_s = c.kl * own.factor;
+      if constexpr (with_teacher) {
+        const double t = static_cast<double>(c.temperature), inverse_t = static_cast<double>(c.inverse_temperature);
+        const double shift = (teacher_log2 - own.log2_t) / static_cast<double>(e.c);  // of z_t - z_s
+        const double lost_from = shift * inverse_t;
+        out.shift = static_cast<float>(lost_from);
+        out.lost = lost_from - static_cast<double>(out.shift);
+        const double largest = static_cast<double>(r.of[1].largest) - static_cast<double>(r.of[0].largest);
+        out.kl = t * t * inverse_t * (r.difference / r.of[1].at_t + (largest - shift));
+      }
+    } else if (with_teacher && lane == 2) {
+      keep(models - 1);
+      out.kl_t = c.kl * own.factor;
+    }
   };
-  const auto bring_kl = [&](int turn) {  // a whole warp
-    const double sum = sum_of_warps(shared, m_kl);
-    if (lane == 0) cluster.map_shared_rank(&shared, 0)->kl_parts[turn][block] = sum;
-  };
-  constexpr bool finishes_later = with_teacher && !more;
 
-  std::int64_t row = unmasked(blockIdx.x / cluster_blocks), before = -1;
-  if (row < rows) {
-    const Part<T> part = part_of(row);
-    for (int slot = 0; slot < slots; ++slot) fetch_slot(part, true, slot);
+  constexpr int sums_bytes = cluster_blocks * static_cast<int>(sizeof(RowSums<double, models>));
+  constexpr int measures_bytes = cluster_blocks * measures * static_cast<int>(sizeof(double));
+  if (thread == 0) {
+    for (std::uint64_t& barrier : shared.arrived) start_barrier(barrier, sums_bytes);
+    if constexpr (more) {
+      for (std::uint64_t& barrier : measured.arrived) start_barrier(barrier, measures_bytes);
+    }
   }
-  int turn = 0;
-  for (std::int64_t next = 0; row < rows; before = row, row = next, turn ^= 1) {
-    const Part<T> part = part_of(row);
-    const int label = labels[row];
-    // Read before any block may overwrite it.
-    if (block == 0 && thread == 32 && label < n) {
-      shared.label_logit[turn][0] = to_compute(part.student[label]);
-      if constexpr (with_teacher) shared.label_logit[turn][1] = to_compute(part.teacher[label]);
+  for (int i = 0; i < layout.ring; ++i) fetch();
+  cluster.sync();  // all blocks run, their barriers too
+  // In the first stage, in the one after it, and in the third if there are three.
+  const auto pass_over = [](int) {};
+  Row now = advance(rows, pass_over), previous{-1, 0}, before{-1, 0};
+  int now_index = 0, previous_index = 0, before_index = 0;  // of the row's first slot in the ring
+  int idle = layout.idle;
+  // Counts rows: the next for `now`, and of `previous` and `before`.
+  unsigned now_number = 0, previous_number = 0, before_number = 0;
+  while (now.there() || previous.there() || (more && before.there())) {
+    const bool sent = previous.there() || (more && before.there());  // in the turn before
+    if (warp == 0 && previous.there()) {
+      std::uint64_t& barrier = shared.arrived[previous_number % 2];
+      await(barrier, previous_number / 2);
+      if (lane == 0) expect(barrier, sums_bytes);
+      join(shared.block[previous_number % 2], shared.row[previous_number % 4]);
     }
-    for (int slot = 0; slot < slots; ++slot) {  // those at the row's ends that no copy of 16 bytes brought
-      if (!part.has(slot) || part.whole(slot)) continue;
-      fetch(part, part.student, slot, place(slot, 0));
-      if constexpr (with_teacher) fetch(part, part.teacher, slot, place(slot, 1));
-    }
-    Running<float> running[models];
-#pragma unroll
-    for (auto& r : running) r = no_logits<float>();
-    const auto run_through = [&](int begin, int end) {
-      for (int slot = begin; slot < end; ++slot) {
-        if (!part.has(slot)) return;
-#pragma unroll
-        for (int m = 0; m < models; ++m) accumulate<T, kind>(e, stored<T>(place(slot, m)), slot, running[m]);
-      }
-    };
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    run_through(0, first_half);
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    run_through(first_half, slots);
-#pragma unroll
-    for (int m = 0; m < models; ++m) {
-      // From the slot of a thread's largest logit to its place in the row.
-      if (running[m].place != INT_MAX) {
-        float z[width];
-        const int slot = running[m].place;
-        stored<T>(place(slot, m)).get(z);
-        int at = 0;
-#pragma unroll
-        for (int j = width - 1; j >= 0; --j) {
-          if (z[j] == running[m].largest) at = j;
+    if constexpr (more) {
+      if (warp == 1 && before.there()) {
+        std::uint64_t& barrier = measured.arrived[before_number % 2];
+        await(barrier, before_number / 2);
+        if (lane == 0) expect(barrier, measures_bytes);
+        if (lane < measures) {
+          double sum = 0;
+          for (int b = 0; b < cluster_blocks; ++b) sum += measured.block[before_number % 2][b][lane];
+          measured.row[before_number % 2][lane] = sum;
         }
-        running[m].place = part.element(slot) + at;
       }
-      const Running<double> merged = merge_warp(e, running[m]);
-      if (lane == 0) shared.warp[m][warp] = merged;
     }
-    __syncthreads();
-    const int lane_model = lane / 16;  // of the first warp: half a warp a model
-    if (warp == 0) {
-      Running<double> r = no_logits<double>();
-      if (lane_model < models) r = shared.warp[lane_model][lane % 16];
-      r = merge_lanes(e, r, 16);
-      if (lane % 16 == 0 && lane_model < models) shared.block[turn][lane_model] = r;
-    } else if (finishes_later && warp == 1 && before >= 0) {
-      bring_kl(turn ^ 1);
-    }
-    cluster.sync();
-    if (warp == 0) {
-      Running<double> r = no_logits<double>();
-      if (lane_model < models && lane % 16 < cluster_blocks) {
-        r = cluster.map_shared_rank(&shared, lane % 16)->block[turn][lane_model];
-      }
-      r = merge_lanes(e, r, 16);
-      const Normaliser normaliser = normalise(e, r);
-      if (lane % 16 == 0 && lane_model < models) shared.normaliser[turn][lane_model] = normaliser;
-      const double teacher_log2 = __shfl_sync(0xffffffffu, normaliser.log2_t, 16);
-      if (with_teacher && lane == 0) {
-        const double shift =
-            (teacher_log2 - normaliser.log2_t) / static_cast<double>(e.c) * static_cast<double>(c.inverse_temperature);
-        const auto rounded_shift = static_cast<float>(shift);
-        shared.shift[turn] = {rounded_shift, shift - static_cast<double>(rounded_shift)};
-      }
-    } else if (finishes_later && block == 0 && thread == 32 && before >= 0) {
-      finish_before(before, turn ^ 1);
-    }
-    next = unmasked(row + clusters);
-    __syncthreads();
-
-    const bool has_next = next < rows;
-    const Part<T> next_part = part_of(has_next ? next : row);
-    const Normaliser& student = shared.normaliser[turn][0];
-    const float offset_s = student.offset, offset_1 = student.offset_1;
-    const float ce_factor = c.ce * (kind == Temperature::one ? student.factor : student.factor_1);
-    const auto write = [&](int slot, float(&g)[width]) {
-      const int at = part.element(slot);
-      if (label >= at && label < at + width) {
+    RunningRow<models> running;
+    const int now_lead = now.there() ? lead_of(student_row(now.row)) : 0;
+    [[maybe_unused]] float v[measures] = {};
+    for (int slot = 0; slot < layout.slots; ++slot) {
+      const bool last = slot == layout.slots - 1;
+      if (now.there()) {
+        wait_for(layout.pending);
+        const int at = element(slot, now_lead), index = wrapped(now_index + slot);
+        if (has(slot, at)) {
+          if (!whole(at) || !copied(now.row)) complete(now.row, at, index);
+          Pack<T, width> packs[models];
 #pragma unroll
-        for (int j = 0; j < width; ++j) g[j] -= at + j == label ? c.ce : 0.0f;
+          for (int m = 0; m < models; ++m) packs[m] = stored<T>(place(index, m));
+          accumulate<T, kind>(e, margin, packs, slot, running);
+        }
       }
-      Pack<T, width> p;
-      p.set(g);
-      if (part.whole(slot)) {
-        p.template store<true>(part.student + at);
-        return;
+      if (slot == 0 && sent) {
+        __syncthreads();
+        if (block == 0 && thread == 32) {
+          if constexpr (more) {
+            if (before.there()) finish(before, shared.row[before_number % 4], measured.row[before_number % 2]);
+          } else {
+            finish(previous, shared.row[previous_number % 4], nullptr);
+          }
+        }
       }
+      if (last && now.there()) {
+        int places[models];
+        float label_logits[models];
+        const int label_pack = (now.label + now_lead) / width - first, label_slot = label_pack / layout.stride;
+        const bool labelled =
+            now.label < n && label_pack >= 0 && label_pack + first < limit && label_pack == label_slot * layout.stride;
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        if (at + j >= 0 && at + j < n) part.student[at + j] = round_to<T>(g[j]);
-      }
-    };
-    /// f(slot) for the slots of this thread, for the last time: the next row takes their places.
-    const auto last_pass = [&](const auto& f) {
-      for (int slot = 0; slot < slots; ++slot) {
-        if (part.has(slot)) f(slot);
-        fetch_slot(next_part, has_next, slot);
-      }
-    };
-
-    if constexpr (!with_teacher) {
-      if (c.write_gradient) {
-        last_pass([&](int slot) {
-          float z[width];
-          stored<T>(place(slot, 0)).get(z);
+        for (int m = 0; m < models; ++m) {
+          // From the slot of a thread's largest logit to its place in the row.
+          places[m] = INT_MAX;
+          if (const int of = running.of[m].slot; of != INT_MAX) {
+            float z[width];
+            stored<T>(place(wrapped(now_index + of), m)).get(z);
+            int in_pack = 0;
 #pragma unroll
-          for (int j = 0; j < width; ++j) z[j] = ce_factor * power_of_two(fmaf(z[j], e.c, -offset_s));
-          write(slot, z);
-        });
-      } else {
-        last_pass([](int) {});
+            for (int j = width - 1; j >= 0; --j) {
+              if (z[j] == running.of[m].largest) in_pack = j;
+            }
+            places[m] = element(of, now_lead) + in_pack;
+          }
+          label_logits[m] = 0;
+          if (labelled) {
+            label_logits[m] = to_compute(
+                reinterpret_cast<const T*>(place(wrapped(now_index + label_slot), m))[(now.label + now_lead) % width]);
+          }
+        }
+        const RowSums<float, models> merged = merge_warp(e, running, places, label_logits);
+        if (lane == 0) shared.warp[warp] = merged;
       }
-      if (block == 0 && thread == 32) finish(row, turn, nullptr);
-    } else {
-      const Normaliser& teacher = shared.normaliser[turn][1];
-      const float offset_t = teacher.offset, factor_s = student.factor, factor_t = teacher.factor;
-      const float inverse_t = c.inverse_temperature, shift = shared.shift[turn].shift;
-      /// The gradient of ce and kl with respect to z, q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the
-      /// like.
-      const float kl_s = c.kl * factor_s, kl_t = c.kl * factor_t;
-      const auto simple_gradient = [&](float z, float q, float p) {
-        if constexpr (kind == Temperature::one) return fmaf(q, ce_factor + kl_s, -(kl_t * p));
-        if constexpr (kind == Temperature::two) return fmaf(q, fmaf(ce_factor, q, kl_s), -(kl_t * p));
-        return fmaf(ce_factor, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
+      const auto load = [&](int row_index, float(&zs)[width], float(&zt)[width]) {
+        stored<T>(place(wrapped(row_index + slot), 0)).get(zs);
+        if constexpr (with_teacher) stored<T>(place(wrapped(row_index + slot), 1)).get(zt);
       };
-      const auto load = [&](int slot, float(&zs)[width], float(&zt)[width]) {
-        stored<T>(place(slot, 0)).get(zs);
-        stored<T>(place(slot, 1)).get(zt);
-      };
-      if constexpr (!more) {
-        float v[1] = {0};
-        if (c.write_gradient) {
-          last_pass([&](int slot) {
+      const Mixture mixture(c.beta);
+      if constexpr (more) {
+        if (previous.there()) {
+          const int at = element(slot, lead_of(student_row(previous.row)));
+          if (has(slot, at)) {
+            const Normalised<models>& row = shared.row[previous_number % 4];
             float zs[width], zt[width];
-            load(slot, zs, zt);
+            load(previous_index, zs, zt);
 #pragma unroll
             for (int j = 0; j < width; ++j) {
-              const float d = fmaf(zt[j] - zs[j], inverse_t, -shift);
-              const float p = power_of_two(fmaf(zt[j], e.c, -offset_t)), q = power_of_two(fmaf(zs[j], e.c, -offset_s));
-              v[0] = fmaf(p, d, v[0]);
-              zs[j] = simple_gradient(zs[j], q, p);
-            }
-            write(slot, zs);
-          });
-        } else {
-          last_pass([&](int slot) {
-            float zs[width], zt[width];
-            load(slot, zs, zt);
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              const float d = fmaf(zt[j] - zs[j], inverse_t, -shift);
-              v[0] = fmaf(power_of_two(fmaf(zt[j], e.c, -offset_t)), d, v[0]);
-            }
-          });
-        }
-        keep_warp_sums(shared, v);
-      } else {
-        const Mixture mixture(c.beta);
-        const float beta = c.beta;
-        const auto probabilities = [&](float zs, float zt, float& p, float& q, float& d) {
-          p = factor_t * power_of_two(fmaf(zt, e.c, -offset_t));
-          q = factor_s * power_of_two(fmaf(zs, e.c, -offset_s));
-          d = fmaf(zt - zs, inverse_t, -shift);
-        };
-        float v[measures] = {};
-        const auto measure = [&](int slot) {
-          float zs[width], zt[width];
-          load(slot, zs, zt);
-#pragma unroll
-          for (int j = 0; j < width; ++j) {
-            float p, q, d;
-            probabilities(zs[j], zt[j], p, q, d);
-            v[m_kl] = fmaf(p, d, v[m_kl]);
-            if (c.with_reverse_kl) v[m_reverse_kl] = fmaf(-q, d, v[m_reverse_kl]);
-            if (c.with_jsd) {
-              const float b = mixture.student_over(d);
-              v[m_mixture] = fmaf(fmaf(beta, p - q, q), b, v[m_mixture]);
-              v[m_student_to_mixture] = fmaf(q, b, v[m_student_to_mixture]);
-            }
-            if (c.with_tvd) {
-              v[m_tvd] += fabsf(p - q);
-              v[m_mean_sign] = fmaf(q, sign(q - p), v[m_mean_sign]);
+              const float p = row.factor[1] * power_of_two(fmaf(zt[j], e.c, -row.offset[1]));
+              const float q = row.factor[0] * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+              const float d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
+              if (c.with_reverse_kl) v[m_reverse_kl] = fmaf(-q, d, v[m_reverse_kl]);
+              if (c.with_jsd) {
+                const float b = mixture.student_over(d);
+                v[m_kl] = fmaf(p, d, v[m_kl]);
+                v[m_mixture] = fmaf(fmaf(c.beta, p - q, q), b, v[m_mixture]);
+                v[m_student_to_mixture] = fmaf(q, b, v[m_student_to_mixture]);
+              }
+              if (c.with_tvd) {
+                v[m_tvd] += fabsf(p - q);
+                v[m_mean_sign] = fmaf(q, sign(q - p), v[m_mean_sign]);
+              }
             }
           }
-        };
-        if (c.write_gradient) {
-          for (int slot = 0; part.has(slot); ++slot) measure(slot);
-        } else {
-          last_pass(measure);
-        }
-        cluster_sum(cluster, shared, v);
-        if (block == 0 && thread == 32) finish(row, turn, shared.row_measures);
-        if (c.write_gradient) {
-          // All that is q times a constant of the row.
-          const float of_row = c.reverse_kl * static_cast<float>(shared.row_measures[m_reverse_kl]) +
-                               c.jsd * static_cast<float>(shared.row_measures[m_student_to_mixture]) +
-                               c.tvd * static_cast<float>(shared.row_measures[m_mean_sign]);
-          last_pass([&](int slot) {
-            float zs[width], zt[width];
-            load(slot, zs, zt);
+          if (last) {
 #pragma unroll
-            for (int j = 0; j < width; ++j) {
-              float p, q, d;
-              probabilities(zs[j], zt[j], p, q, d);
-              float g = fmaf(-c.reverse_kl, d, -of_row);
-              if (c.with_jsd) g = fmaf(c.jsd, mixture.student_over(d), g);
-              if (c.with_tvd) g = fmaf(c.tvd, sign(q - p), g);
-              const float power = power_of_two(fmaf(zs[j], e.c, -offset_s));
-              zs[j] = fmaf(q, g, simple_gradient(zs[j], power, power_of_two(fmaf(zt[j], e.c, -offset_t))));
+            for (int i = 0; i < measures; ++i) {
+              v[i] = warp_sum(v[i]);
+              if (lane == 0) measured.warp[warp][i] = v[i];
             }
-            write(slot, zs);
-          });
+          }
         }
       }
+      if (last && (now.there() || (more && previous.there()))) {
+        __syncthreads();
+        if (warp == 0 && now.there()) {
+          RowSums<double, models> r = no_sums<models>();
+          if (lane < warps) r = widened(shared.warp[lane]);
+          r = merge_lanes(e, r, warps);
+          if (lane < cluster_blocks) send(r, shared.block[now_number % 2][block], shared.arrived[now_number % 2], lane);
+        }
+        if constexpr (more) {
+          if (warp >= 1 && warp <= measures && previous.there()) {
+            const double sum = warp_sum(lane < warps ? static_cast<double>(measured.warp[lane][warp - 1]) : 0.0);
+            const unsigned half = previous_number % 2;
+            if (lane < cluster_blocks) send(sum, measured.block[half][block][warp - 1], measured.arrived[half], lane);
+          }
+        }
+      }
+
+      const Row& leaving = more ? before : previous;
+      if (!leaving.there()) continue;
+      if (c.write_gradient) {
+        T* const to = student_row(leaving.row);
+        const int at = element(slot, lead_of(to));
+        if (has(slot, at)) {
+          const Normalised<models>& row = shared.row[(more ? before_number : previous_number) % 4];
+          float zs[width], zt[width];
+          load(more ? before_index : previous_index, zs, zt);
+          if constexpr (!with_teacher) {
+#pragma unroll
+            for (int j = 0; j < width; ++j) zs[j] = row.ce * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+          } else {
+            /// Of ce and kl with respect to z, from q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the like.
+            const float of_ce = row.ce, kl_s = row.kl_s, kl_t = row.kl_t, offset_1 = row.offset_1;
+            const auto simple = [&](float z, float q, float p) {
+              if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -(kl_t * p));
+              if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -(kl_t * p));
+              return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
+            };
+            const float offset_s = row.offset[0], offset_t = row.offset[models - 1];
+            [[maybe_unused]] float of_row = 0;  // all that is q times a constant of the row
+            if constexpr (more) {
+              const double* sum = measured.row[before_number % 2];
+              of_row = c.reverse_kl * static_cast<float>(sum[m_reverse_kl]) +
+                       c.jsd * static_cast<float>(sum[m_student_to_mixture]) +
+                       c.tvd * static_cast<float>(sum[m_mean_sign]);
+            }
+#pragma unroll
+            for (int j = 0; j < width; ++j) {
+              const float q = power_of_two(fmaf(zs[j], e.c, -offset_s)), p = power_of_two(fmaf(zt[j], e.c, -offset_t));
+              float g = simple(zs[j], q, p);
+              if constexpr (more) {
+                const float qq = row.factor[0] * q, d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
+                float of_q = fmaf(-c.reverse_kl, d, -of_row);
+                if (c.with_jsd) of_q = fmaf(c.jsd, mixture.student_over(d), of_q);
+                if (c.with_tvd) of_q = fmaf(c.tvd, sign(qq - row.factor[models - 1] * p), of_q);
+                g = fmaf(qq, of_q, g);
+              }
+              zs[j] = g;
+            }
+          }
+          if (leaving.label >= at && leaving.label < at + width) {
+#pragma unroll
+            for (int j = 0; j < width; ++j) zs[j] -= at + j == leaving.label ? c.ce : 0.0f;
+          }
+          if (whole(at) && copied(leaving.row)) {
+            Pack<T, width> p;
+            p.set(zs);
+            store_whole(to + at, p.words);
+          } else {
+#pragma unroll
+            for (int j = 0; j < width; ++j) {
+              if (at + j >= 0 && at + j < n) to[at + j] = round_to<T>(zs[j]);
+            }
+          }
+        }
+      }
+      fetch();
+    }
+    before = previous;
+    before_index = previous_index;
+    before_number = previous_number;
+    previous = now;
+    previous_index = now_index;
+    previous_number = now_number;
+    if (now.there()) {
+      now_index = wrapped(now_index + layout.slots);
+      ++now_number;
+    }
+    if (idle > 0) {
+      --idle;
+      now = {-1, 0};
+    } else {
+      idle = layout.idle;
+      now = advance(rows, pass_over);
     }
   }
-  if (finishes_later) {
-    __syncthreads();
-    if (warp == 1 && before >= 0) bring_kl(turn ^ 1);
-  }
-  cluster.sync();  // no block ends while another may read its shared memory
-  if (finishes_later && block == 0 && thread == 32 && before >= 0) finish_before(before, turn ^ 1);
 }
+
+/// Bytes of shared memory of a multiprocessor, and what a block takes of them unseen.
+constexpr int shared_of_sm = 228 * 1024, reserved = 1024;
 
 template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
                    double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream) {
-  const std::int64_t packs = (n + 2 * pack_width<T> - 2) / pack_width<T>;  // with the longest lead
-  const std::int64_t each = (packs + cluster_blocks - 1) / cluster_blocks;
-  const int slots = static_cast<int>((each + threads - 1) / threads);
-  const std::size_t bytes = static_cast<std::size_t>(slots) * (with_teacher ? 2 : 1) * threads * sizeof(uint4);
+  constexpr int models = with_teacher ? 2 : 1, of_line = line / static_cast<int>(sizeof(uint4));
+  const auto divided = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const auto rounded_up = [](std::int64_t a, std::int64_t to) { return (a + to - 1) / to * to; };
+  const std::int64_t packs = divided(n + line / static_cast<int>(sizeof(T)) - 1, pack_width<T>);  // the longest lead
+  Layout layout{};
+  layout.rows = static_cast<int>(rows);
+  layout.n = static_cast<int>(n);
+  layout.each = static_cast<int>(rounded_up(divided(packs, cluster_blocks), of_line));
+  layout.slots = static_cast<int>(divided(layout.each, threads));
+  layout.stride = static_cast<int>(rounded_up(divided(layout.each, layout.slots), of_line));
+
   const auto kernel = rows_loss<T, kind, with_teacher, more>;
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  cudaFuncAttributes attributes{};
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  const int slot_bytes = layout.stride * models * static_cast<int>(sizeof(uint4));
+  /// Slots that fit where `blocks` share a multiprocessor.
+  const auto fitting = [&](int blocks) {
+    return (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
+  };
+  // A slot is needed until the last stage of its row, rows behind the first; the others are on their way.
+  int held = (more ? 2 : 1) * layout.slots;
+  int ring = fitting(blocks_an_sm<T, more>);
+  if (ring < held + 2) ring = fitting(1);
+  if (ring < held + 1) {  // three rows do not fit: one after the other
+    layout.idle = 2;
+    held = layout.slots - 1;
+  }
+  layout.pending = std::min(ring - held - 1, most_pending);
+  layout.ring = held + 1 + layout.pending;
+  const int bytes = layout.ring * slot_bytes;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -477,7 +599,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(cluster_blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
@@ -485,14 +607,15 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (status != cudaSuccess) return status;
   config.gridDim.x = static_cast<unsigned>(cluster_blocks * std::min<std::int64_t>(rows, std::max(clusters, 1)));
-  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, rows, static_cast<int>(n), slots);
+  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, layout);
 }
 
 }  // namespace
 
 template <class T>
 std::int64_t most_classes() {
-  return static_cast<std::int64_t>(most_slots) * threads * cluster_blocks * pack_width<T> - pack_width<T>;
+  return static_cast<std::int64_t>(most_slots) * threads * cluster_blocks * pack_width<T> -
+         line / static_cast<int>(sizeof(T)) + 1;
 }
 template std::int64_t most_classes<Bits>();
 template std::int64_t most_classes<float>();
