@@ -5,14 +5,16 @@
 //      warp, the block, and through distributed shared memory the cluster, which gives ce and kl;
 //   2. with reverse_kl, jsd or tvd: probabilities from the normalisers, divergences, and their sums over the cluster;
 //   3. the gradient, written over the student's logits. What a thread no longer needs makes room for a later row.
-// Between a row's stages every block sends its sums to all. One warp waits for them and joins them while the others
-// are in the next row's first stage, and copies of the rows after it are on their way.
+// Between a row's stages the warps' sums go to one warp of their block, which sends the block's to all blocks and joins
+// what it gets. The other warps are in the next row's first stage meanwhile, copies of the slots after it on their way;
+// no warp waits for another one but for joined sums.
 // A thread's own terms are added in float (N / 4096 of them), everything else in double.
 //
 // Exponentials are powers of two of fma(z, log2(e) / T, -normaliser). What the float normaliser loses of the double one
 // is the same factor for the whole row and goes into the constants of the terms. In the third stage d = log(p / q) is
 // one fused operation, rounded relative to itself, but for what the difference of the normalisers loses as a float,
 // the same for all classes: what lacks of a sum q d is added once.
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/distill_row.cuh"
 #include "kernels/cuda/launches.h"
 
@@ -25,22 +27,25 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int cluster_blocks = 8;  // the most that every Hopper GPU runs
-constexpr int threads = 512, warps = threads / 32;
-constexpr int most_slots = 13;  // of a row, so that another one's first slot fits beside it
+constexpr int cluster_blocks = 8;                               // the most that every Hopper GPU runs
+constexpr int work_warps = 8, threads = 32 * (work_warps + 1);  // one warp joins the others' sums
+// A slot of the ring in shared memory holds two packs of each model of a thread. Those of a few threads would be one
+// slot too many beside what else a block keeps there.
+constexpr int half_packs = 252, halves = 2, slot_packs = halves * half_packs;
+constexpr int most_slots = 14;  // of a row
 constexpr int line = 128;       // bytes: parts of rows begin at multiples, but for a row's first
-constexpr int most_pending = 8;
+constexpr int pending = 2;      // slots that may be on their way while one is used
 
 /// Places of a row's sums, as LossSum in kernels/distill_loss.h.
 enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
 
 /// How rows lie in blocks. A row's packs of 16 bytes are counted from the line's beginning at or before its first
-/// element. A block holds `each` consecutive packs, in `slots` of `stride`, a pack of both models a thread. The ring in
-/// shared memory holds `ring` slots, those of different rows one after the other.
+/// element. A block holds `each` consecutive packs, in `slots`. The ring holds `ring` slots, those of different rows
+/// one after the other.
 struct Layout {
-  int rows, n, each, stride, slots, ring;
-  int pending;  // slots that may still be on their way when one is needed
-  int idle;     // turns after a row's first stage in which no other row begins
+  int rows, n, each, slots, ring;
+  int most_ahead;  // slots that the first stage may be ahead of the last
+  bool deep;       // there is room for `pending` slots
 };
 
 /// A row, or none: row = -1.
@@ -56,30 +61,31 @@ struct Cursor {
 /// A block's sums over its part: p d, -q d, m log(q / m), q log(q / m), |p - q|, q sign(q - p).
 enum Measure : int { m_kl, m_reverse_kl, m_mixture, m_student_to_mixture, m_tvd, m_mean_sign, measures };
 
-/// Waits for this thread's copies but for the latest `pending` groups.
-__device__ __forceinline__ void wait_for(int pending) {
-#define DELTAPIPE_WAIT(i) \
-  case i: asm volatile("cp.async.wait_group %0;" ::"n"(i) : "memory"); break
-  switch (pending) {
-    DELTAPIPE_WAIT(8);
-    DELTAPIPE_WAIT(7);
-    DELTAPIPE_WAIT(6);
-    DELTAPIPE_WAIT(5);
-    DELTAPIPE_WAIT(4);
-    DELTAPIPE_WAIT(3);
-    DELTAPIPE_WAIT(2);
-    DELTAPIPE_WAIT(1);
-    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
-  }
-#undef DELTAPIPE_WAIT
-}
-
 /// One store of 16 bytes; the compiler makes four of an assignment here.
 __device__ __forceinline__ void store_whole(void* to, const std::uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
+
+/// A thread's place in a row, in the row and in the ring.
+struct Span {
+  int at;     // element that the thread's pack begins with
+  int end;    // of the block's part, and of the row
+  int last;   // place of a whole pack
+  int place;  // bytes, of the slot
+  __device__ __forceinline__ bool whole() const { return at >= 0 && at <= last; }
+  __device__ __forceinline__ bool there(int width) const { return at > -width && at < end; }
+};
+
+/// Where one stage is.
+struct Stage {
+  Cursor rows;
+  Row row;
+  unsigned number;  // of the row among the cluster's
+  int slot;
+  Span span;
+};
 
 /// What the cluster's sums over a row make of it.
 template <int models>
@@ -93,76 +99,31 @@ struct Normalised {
 
 template <int models>
 struct Shared {
-  RowSums<float, models> warp[warps];
-  RowSums<double, models> block[2][cluster_blocks];  // by turns of two rows: every block's, sent by it
-  std::uint64_t arrived[2];                          // barriers of those
-  Normalised<models> row[4];                         // by turns of four rows
+  // By turns of two rows.
+  RowSums<float, models> warp[2][work_warps];
+  RowSums<double, models> block[2][cluster_blocks];  // every block's, sent by it
+  Normalised<models> row[2];
+  int known_largest[2][models];                        // of warps so far, ordered
+  std::uint64_t summed[2], arrived[2], normalised[2];  // barriers of `warp`, `block`, `row`
 };
 struct MeasuresShared {
-  float warp[warps][measures];
-  double block[2][cluster_blocks][measures];  // as above
-  std::uint64_t arrived[2];
+  float warp[2][work_warps][measures];
+  double block[2][cluster_blocks][measures];
   double row[2][measures];
+  std::uint64_t summed[2], arrived[2], ready[2];
 };
 struct NoMeasures {};
 
-// Barriers in shared memory that count bytes which other blocks send. A phase ends with the block's own arrival, by
-// `expect`, and as many bytes.
-__device__ __forceinline__ std::uint32_t address_of(const void* shared) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-}
-__device__ __forceinline__ void expect(std::uint64_t& barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void start_barrier(std::uint64_t& barrier, int bytes) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address_of(&barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  expect(barrier, bytes);
-}
-/// Waits for a barrier's phase, counted from 0.
-__device__ __forceinline__ void await(std::uint64_t& barrier, unsigned phase) {
-  std::uint32_t done = 0;
-  while (done == 0) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address_of(&barrier)), "r"(phase % 2)
-        : "memory");
-  }
-}
-/// Copies `from` to where `to` and its barrier are in block `rank`.
-template <class V>
-__device__ __forceinline__ void send(const V& from, V& to, std::uint64_t& barrier, int rank) {
-  static_assert(sizeof(V) % 8 == 0);
-  const auto in_rank = [rank](std::uint32_t address) {
-    std::uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    return there;
-  };
-  const std::uint32_t at = in_rank(address_of(&to)), end = in_rank(address_of(&barrier));
-  std::uint64_t words[sizeof(V) / 8];
-  memcpy(words, &from, sizeof(V));
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(V) / 8); ++i) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(at + 8 * i),
-                 "l"(words[i]), "r"(end)
-                 : "memory");
-  }
-}
+constexpr int blocks_an_sm = 2;
 
 /// `more`: reverse_kl, jsd or tvd have a weight.
-template <class T, bool more>
-inline constexpr int blocks_an_sm = sizeof(T) == 2 && !more ? 2 : 1;
-
 template <class T, Temperature kind, bool with_teacher, bool more>
-__global__ void __launch_bounds__(threads, blocks_an_sm<T, more>)
+__global__ void __launch_bounds__(threads, blocks_an_sm)
     rows_loss(DistillConstants c, T* student_logits, const T* teacher_logits, const std::int32_t* labels,
               double* row_sums, Layout layout) {
   constexpr int width = pack_width<T>, models = with_teacher ? 2 : 1;
-  extern __shared__ uint4 stash[];  // [ring, models, stride], an entry its thread's own
+  constexpr int slot_bytes = slot_packs * models * 16;
+  extern __shared__ uint4 stash[];  // [ring, halves, models, half_packs], an entry its thread's own
   __shared__ Shared<models> shared;
   __shared__ std::conditional_t<more, MeasuresShared, NoMeasures> measured;
   cg::cluster_group cluster = cg::this_cluster();
@@ -172,39 +133,45 @@ __global__ void __launch_bounds__(threads, blocks_an_sm<T, more>)
   const Exponents<kind> e{c.inverse_temperature * log2_e};
   const float margin = most_exponent / fmaxf(e.c, log2_e);
 
-  // A thread's packs in its block's part: from `first` on, every stride, below `limit`.
-  const int limit = (block + 1) * layout.each, first = thread < layout.stride ? block * layout.each + thread : limit;
   const auto student_row = [&](int row) { return student_logits + static_cast<std::int64_t>(row) * n; };
-  const auto teacher_row = [&](int row) { return teacher_logits + static_cast<std::int64_t>(row) * n; };
-  const auto lead_of = [](const T* row) {
-    return static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % line / sizeof(T));
+  const std::int64_t to_teacher =  // bytes from a student's logit to the teacher's
+      reinterpret_cast<std::intptr_t>(teacher_logits) - reinterpret_cast<std::intptr_t>(student_logits);
+  // Copies of 16 bytes bring both models' rows.
+  const bool copied = !with_teacher || to_teacher % 16 == 0;
+  const auto teacher_of = [&](const T* student) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(student) + to_teacher);
   };
-  /// Whether copies of 16 bytes bring both models' rows.
-  const auto copied = [&](int row) {
-    return !with_teacher ||
-           (reinterpret_cast<std::uintptr_t>(student_row(row)) ^ reinterpret_cast<std::uintptr_t>(teacher_row(row))) %
-                   16 ==
-               0;
+  /// A thread's first pack of `row`.
+  const auto span_of = [&](int row, int place) {
+    const int lead = static_cast<int>(reinterpret_cast<std::uintptr_t>(student_row(row)) % line / sizeof(T));
+    Span s;
+    s.end = min(n, (block + 1) * layout.each * width - lead);
+    s.last = s.end - width;
+    s.at = thread < half_packs ? (block * layout.each + thread) * width - lead : INT_MAX / 2;
+    s.place = place;
+    return s;
   };
-  /// Element of the row that a slot's pack begins with, which may lie before it.
-  const auto element = [&](int slot, int lead) { return (first + slot * layout.stride) * width - lead; };
-  const auto has = [&](int slot, int at) { return first + slot * layout.stride < limit && at > -width && at < n; };
-  const auto whole = [&](int at) { return at >= 0 && at <= n - width; };
-  const auto place = [&](int index, int model) { return stash + (index * models + model) * layout.stride + thread; };
-  const auto wrapped = [&](int index) { return index >= layout.ring ? index - layout.ring : index; };
+  const int ring_bytes = layout.ring * slot_bytes;
+  const auto wrapped = [&](int place) { return place >= ring_bytes ? place - ring_bytes : place; };
+  /// The thread's packs of a half of a slot.
+  const auto packs_at = [&](int place, int half) {
+    return reinterpret_cast<uint4*>(reinterpret_cast<char*>(stash) + place) + half * models * half_packs + thread;
+  };
+  constexpr int half_elements = half_packs * width, slot_elements = slot_packs * width;
 
+  /// Writes zeros over a masked row.
   const auto clear = [&](int row) {
     if (block == 0 && thread < sums) row_sums[static_cast<std::int64_t>(row) * sums + thread] = 0;
     if (!c.write_gradient) return;
     T* const to = student_row(row);
-    const int lead = lead_of(to);
-    for (int slot = 0; slot < layout.slots; ++slot) {
-      const int at = element(slot, lead);
-      if (!has(slot, at)) continue;
-      if (whole(at)) {
-        store_whole(to + at, {0, 0, 0, 0});
-      } else {
-        for (int j = max(at, 0); j < min(at + width, n); ++j) to[j] = T(0);
+    Span s = span_of(row, 0);
+#pragma unroll 1
+    for (int i = 0; i < halves * layout.slots; ++i, s.at += half_elements) {
+      if (s.whole()) {
+        store_whole(to + s.at, {0, 0, 0, 0});
+      } else if (s.there(width)) {
+#pragma unroll 1
+        for (int j = max(s.at, 0); j < min(s.at + width, n); ++j) to[j] = T(0);
       }
     }
   };
@@ -224,41 +191,57 @@ __global__ void __launch_bounds__(threads, blocks_an_sm<T, more>)
   Cursor arriving_rows{static_cast<int>(blockIdx.x) / cluster_blocks, labels[blockIdx.x / cluster_blocks]};
   Cursor rows = arriving_rows;
   Row arriving = advance(arriving_rows, clear);
-  int arriving_slot = 0, arriving_index = 0;
+  Span arriving_span{};
+  const T* arriving_from = nullptr;
+  int arriving_slots = 0;  // that are left of the row
+  const auto begin_arriving = [&] {
+    arriving_span = span_of(arriving.row, 0);
+    arriving_from = student_row(arriving.row);
+    arriving_slots = layout.slots;
+  };
+  if (arriving.there()) begin_arriving();
   /// Starts to copy the next slot. A pack at a row's end brings elements of its line before the row, nothing behind it.
-  const auto fetch = [&] {
+  const auto fetch = [&](int place) {
     if (arriving.there()) {
-      T* const from = student_row(arriving.row);
-      const int at = element(arriving_slot, lead_of(from));
-      if (has(arriving_slot, at) && copied(arriving.row)) {
-        const int bytes = min(width, n - at) * static_cast<int>(sizeof(T));
-        const auto copy = [&](const T* row, int model) {
-          const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(place(arriving_index, model)));
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(row + at), "r"(bytes) : "memory");
-        };
-        copy(from, 0);
-        if constexpr (with_teacher) copy(teacher_row(arriving.row), 1);
+#pragma unroll
+      for (int half = 0; half < halves; ++half, arriving_span.at += half_elements) {
+        const std::uint32_t to = address_of(packs_at(place, half));
+        const T* const from = arriving_from + arriving_span.at;
+        if (!copied) continue;
+        if (arriving_span.whole()) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+          if constexpr (with_teacher) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + half_packs * 16), "l"(teacher_of(from))
+                         : "memory");
+          }
+        } else if (arriving_span.there(width)) {
+          const int bytes = min(width, n - arriving_span.at) * static_cast<int>(sizeof(T));
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+          if constexpr (with_teacher) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + half_packs * 16),
+                         "l"(teacher_of(from)), "r"(bytes)
+                         : "memory");
+          }
+        }
       }
-      arriving_index = wrapped(arriving_index + 1);
-      if (++arriving_slot == layout.slots) {
-        arriving_slot = 0;
+      if (--arriving_slots == 0) {
         arriving = advance(arriving_rows, clear);
+        if (arriving.there()) begin_arriving();
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   /// Puts the lowest finite number where a pack lies outside the row: its probability is 0 on both sides, and their
   /// difference too. Brings the row's elements where no copy did.
-  const auto complete = [&](int row, int at, int index) {
-    const bool here = copied(row);
+  const auto complete = [&](int row, int at, uint4* packs) {
 #pragma unroll 1
     for (int m = 0; m < models; ++m) {
-      T* const to = reinterpret_cast<T*>(place(index, m));
-      const T* const from = m == 0 ? student_row(row) : teacher_row(row);
+      T* const to = reinterpret_cast<T*>(packs + m * half_packs);
+      const T* const from = m == 0 ? student_row(row) : teacher_of(student_row(row));
 #pragma unroll 1
       for (int j = 0; j < width; ++j) {
         if (at + j >= 0 && at + j < n) {
-          if (!here) to[j] = from[at + j];
+          if (!copied) to[j] = from[at + j];
         } else if constexpr (std::is_same_v<T, Bits>) {
           to[j] = 0xff7f;
         } else {
@@ -329,228 +312,285 @@ __global__ void __launch_bounds__(threads, blocks_an_sm<T, more>)
   constexpr int sums_bytes = cluster_blocks * static_cast<int>(sizeof(RowSums<double, models>));
   constexpr int measures_bytes = cluster_blocks * measures * static_cast<int>(sizeof(double));
   if (thread == 0) {
-    for (std::uint64_t& barrier : shared.arrived) start_barrier(barrier, sums_bytes);
-    if constexpr (more) {
-      for (std::uint64_t& barrier : measured.arrived) start_barrier(barrier, measures_bytes);
+    for (int k = 0; k < 2; ++k) {
+      for (int& known : shared.known_largest[k]) known = INT_MIN;
+      start_barrier(shared.summed[k], work_warps);
+      start_barrier(shared.normalised[k], 1);
+      start_barrier(shared.arrived[k], 1);
+      expect(shared.arrived[k], sums_bytes);
+      if constexpr (more) {
+        start_barrier(measured.summed[k], work_warps);
+        start_barrier(measured.ready[k], 1);
+        start_barrier(measured.arrived[k], 1);
+        expect(measured.arrived[k], measures_bytes);
+      }
     }
   }
-  for (int i = 0; i < layout.ring; ++i) fetch();
+  if (warp < work_warps) {
+    for (int i = 0; i < layout.ring; ++i) fetch(i * slot_bytes);
+  }
   cluster.sync();  // all blocks run, their barriers too
-  // In the first stage, in the one after it, and in the third if there are three.
   const auto pass_over = [](int) {};
-  Row now = advance(rows, pass_over), previous{-1, 0}, before{-1, 0};
-  int now_index = 0, previous_index = 0, before_index = 0;  // of the row's first slot in the ring
-  int idle = layout.idle;
-  // Counts rows: the next for `now`, and of `previous` and `before`.
-  unsigned now_number = 0, previous_number = 0, before_number = 0;
-  while (now.there() || previous.there() || (more && before.there())) {
-    const bool sent = previous.there() || (more && before.there());  // in the turn before
-    if (warp == 0 && previous.there()) {
-      std::uint64_t& barrier = shared.arrived[previous_number % 2];
-      await(barrier, previous_number / 2);
-      if (lane == 0) expect(barrier, sums_bytes);
-      join(shared.block[previous_number % 2], shared.row[previous_number % 4]);
-    }
-    if constexpr (more) {
-      if (warp == 1 && before.there()) {
-        std::uint64_t& barrier = measured.arrived[before_number % 2];
-        await(barrier, before_number / 2);
-        if (lane == 0) expect(barrier, measures_bytes);
+
+  if (warp == work_warps) {  // joins sums, row by row
+    unsigned number = 0;
+    for (Row row = advance(rows, pass_over); row.there(); row = advance(rows, pass_over), ++number) {
+      const unsigned turn = number % 2, phase = number / 2;
+      Normalised<models>& normalised = shared.row[turn];
+      await(shared.summed[turn], phase);
+      {
+        RowSums<double, models> r = no_sums<models>();
+        if (lane < work_warps) r = widened(shared.warp[turn][lane]);
+        if (lane < models) shared.known_largest[turn][lane] = INT_MIN;
+        r = merge_lanes(e, r, work_warps);
+        if (lane < cluster_blocks) send(r, shared.block[turn][block], shared.arrived[turn], lane);
+      }
+      await(shared.arrived[turn], phase);
+      if (lane == 0) expect(shared.arrived[turn], sums_bytes);
+      join(shared.block[turn], normalised);
+      __syncwarp();
+      if (lane == 0) arrive(shared.normalised[turn]);
+      [[maybe_unused]] const double* of_row = nullptr;
+      if constexpr (more) {
+        await(measured.summed[turn], phase);
         if (lane < measures) {
           double sum = 0;
-          for (int b = 0; b < cluster_blocks; ++b) sum += measured.block[before_number % 2][b][lane];
-          measured.row[before_number % 2][lane] = sum;
-        }
-      }
-    }
-    RunningRow<models> running;
-    const int now_lead = now.there() ? lead_of(student_row(now.row)) : 0;
-    [[maybe_unused]] float v[measures] = {};
-    for (int slot = 0; slot < layout.slots; ++slot) {
-      const bool last = slot == layout.slots - 1;
-      if (now.there()) {
-        wait_for(layout.pending);
-        const int at = element(slot, now_lead), index = wrapped(now_index + slot);
-        if (has(slot, at)) {
-          if (!whole(at) || !copied(now.row)) complete(now.row, at, index);
-          Pack<T, width> packs[models];
-#pragma unroll
-          for (int m = 0; m < models; ++m) packs[m] = stored<T>(place(index, m));
-          accumulate<T, kind>(e, margin, packs, slot, running);
-        }
-      }
-      if (slot == 0 && sent) {
-        __syncthreads();
-        if (block == 0 && thread == 32) {
-          if constexpr (more) {
-            if (before.there()) finish(before, shared.row[before_number % 4], measured.row[before_number % 2]);
-          } else {
-            finish(previous, shared.row[previous_number % 4], nullptr);
+          for (int w = 0; w < work_warps; ++w) sum += static_cast<double>(measured.warp[turn][w][lane]);
+          for (int b = 0; b < cluster_blocks; ++b) {
+            send(sum, measured.block[turn][block][lane], measured.arrived[turn], b);
           }
         }
+        await(measured.arrived[turn], phase);
+        if (lane == 0) expect(measured.arrived[turn], measures_bytes);
+        if (lane < measures) {
+          double sum = 0;
+          for (int b = 0; b < cluster_blocks; ++b) sum += measured.block[turn][b][lane];
+          measured.row[turn][lane] = sum;
+        }
+        __syncwarp();
+        if (lane == 0) arrive(measured.ready[turn]);
+        of_row = measured.row[turn];
       }
-      if (last && now.there()) {
-        int places[models];
-        float label_logits[models];
-        const int label_pack = (now.label + now_lead) / width - first, label_slot = label_pack / layout.stride;
-        const bool labelled =
-            now.label < n && label_pack >= 0 && label_pack + first < limit && label_pack == label_slot * layout.stride;
+      if (block == 0 && lane == 0) finish(row, normalised, of_row);
+    }
+    return;
+  }
+
+  // Rows in the stages; a later stage's is the same as an earlier one's, or an earlier row.
+  const auto start = [&](Stage& stage) {
+    stage.row = advance(stage.rows, pass_over);
+    if (stage.row.there()) stage.span = span_of(stage.row.row, stage.span.place);
+    stage.slot = 0;
+  };
+  const auto next_slot = [&](Stage& stage) {
+    stage.span.place = wrapped(stage.span.place + slot_bytes);
+    if (++stage.slot == layout.slots) {
+      ++stage.number;
+      start(stage);
+    }
+  };
+  Stage summing{rows}, measuring{rows}, leaving{rows};
+  start(summing);
+  if constexpr (more) start(measuring);
+  start(leaving);
+  // Slots that the first stage is ahead of the last and of the second.
+  int ahead = 0;
+  [[maybe_unused]] int ahead_of_measuring = 0;
+  RunningRow<T, models> running;
+  [[maybe_unused]] float v[measures] = {};
+  const Mixture mixture(c.beta);
+#pragma unroll 1
+  while (leaving.row.there()) {
+    if (summing.row.there() && ahead < layout.most_ahead) {
+      if (layout.deep) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+      } else {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+      }
+#pragma unroll
+      for (int half = 0; half < halves; ++half, summing.span.at += half_elements) {
+        uint4* const from = packs_at(summing.span.place, half);
+        if (!copied || !summing.span.whole()) {
+          if (!summing.span.there(width)) continue;
+          complete(summing.row.row, summing.span.at, from);
+        }
+        Pack<T, width> packs[models];
+#pragma unroll
+        for (int m = 0; m < models; ++m) packs[m] = stored<T>(from + m * half_packs);
+        accumulate<T, kind>(e, margin, packs, running);
+      }
+      ++ahead;
+      ++ahead_of_measuring;
+      if (summing.slot == layout.slots - 1) {
+        const unsigned turn = summing.number % 2;
+        const Row& now = summing.row;
+        const int now_place =  // of the row's first slot
+            summing.span.place - (layout.slots - 1) * slot_bytes +
+            (summing.span.place < (layout.slots - 1) * slot_bytes ? ring_bytes : 0);
+        float label_logits[models] = {};
+        const Span row = span_of(now.row, now_place);
+        const int from_first = now.label - row.at, label_slot = from_first / slot_elements,
+                  in_slot = from_first - label_slot * slot_elements, label_half = in_slot / half_elements,
+                  in_pack = in_slot - label_half * half_elements;
+        if (from_first >= 0 && now.label < row.end && in_pack < width) {
+          const uint4* const packs = packs_at(wrapped(now_place + label_slot * slot_bytes), label_half);
+#pragma unroll
+          for (int m = 0; m < models; ++m) {
+            label_logits[m] = to_compute(reinterpret_cast<const T*>(packs + m * half_packs)[in_pack]);
+          }
+        }
+        RowSums<float, models> merged = merge_warp<T>(e, running, label_logits);
+        // The first place of the largest logit: threads look for it that have it, of warps that know of no larger one.
 #pragma unroll
         for (int m = 0; m < models; ++m) {
-          // From the slot of a thread's largest logit to its place in the row.
-          places[m] = INT_MAX;
-          if (const int of = running.of[m].slot; of != INT_MAX) {
-            float z[width];
-            stored<T>(place(wrapped(now_index + of), m)).get(z);
-            int in_pack = 0;
+          const int largest = ordered(merged.of[m].largest);
+          int known = 0, place = INT_MAX;
+          if (lane == 0) known = atomicMax(&shared.known_largest[turn][m], largest);
+          known = __shfl_sync(0xffffffffu, known, 0);
+          if (known <= largest && largest_of<T>(running.of[m].largest) == merged.of[m].largest) {
+            const Largest<T> wanted = as_largest<T>(merged.of[m].largest);
+            Span s = row;
+#pragma unroll 1
+            for (int i = 0; place == INT_MAX && i < halves * layout.slots; ++i, s.at += half_elements) {
+              if (!s.there(width)) continue;
+              const int of_slot = wrapped(now_place + i / halves * slot_bytes);
+              const auto pack = stored<T>(packs_at(of_slot, i % halves) + m * half_packs);
+              if (!holds(pack, wanted)) continue;
+              float z[width];
+              pack.get(z);
 #pragma unroll
-            for (int j = width - 1; j >= 0; --j) {
-              if (z[j] == running.of[m].largest) in_pack = j;
-            }
-            places[m] = element(of, now_lead) + in_pack;
-          }
-          label_logits[m] = 0;
-          if (labelled) {
-            label_logits[m] = to_compute(
-                reinterpret_cast<const T*>(place(wrapped(now_index + label_slot), m))[(now.label + now_lead) % width]);
-          }
-        }
-        const RowSums<float, models> merged = merge_warp(e, running, places, label_logits);
-        if (lane == 0) shared.warp[warp] = merged;
-      }
-      const auto load = [&](int row_index, float(&zs)[width], float(&zt)[width]) {
-        stored<T>(place(wrapped(row_index + slot), 0)).get(zs);
-        if constexpr (with_teacher) stored<T>(place(wrapped(row_index + slot), 1)).get(zt);
-      };
-      const Mixture mixture(c.beta);
-      if constexpr (more) {
-        if (previous.there()) {
-          const int at = element(slot, lead_of(student_row(previous.row)));
-          if (has(slot, at)) {
-            const Normalised<models>& row = shared.row[previous_number % 4];
-            float zs[width], zt[width];
-            load(previous_index, zs, zt);
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              const float p = row.factor[1] * power_of_two(fmaf(zt[j], e.c, -row.offset[1]));
-              const float q = row.factor[0] * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
-              const float d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
-              if (c.with_reverse_kl) v[m_reverse_kl] = fmaf(-q, d, v[m_reverse_kl]);
-              if (c.with_jsd) {
-                const float b = mixture.student_over(d);
-                v[m_kl] = fmaf(p, d, v[m_kl]);
-                v[m_mixture] = fmaf(fmaf(c.beta, p - q, q), b, v[m_mixture]);
-                v[m_student_to_mixture] = fmaf(q, b, v[m_student_to_mixture]);
-              }
-              if (c.with_tvd) {
-                v[m_tvd] += fabsf(p - q);
-                v[m_mean_sign] = fmaf(q, sign(q - p), v[m_mean_sign]);
+              for (int j = width - 1; j >= 0; --j) {
+                if (z[j] == merged.of[m].largest && s.at + j >= 0) place = s.at + j;
               }
             }
           }
-          if (last) {
+          merged.of[m].place = __reduce_min_sync(0xffffffffu, place);
+        }
+        if (lane == 0) {
+          shared.warp[turn][warp] = merged;
+          arrive(shared.summed[turn]);
+        }
+        running = {};
+      }
+      next_slot(summing);
+      continue;
+    }
+    if constexpr (more) {
+      if (measuring.row.there() && (measuring.slot > 0 || ahead_of_measuring >= layout.slots)) {
+        const unsigned turn = measuring.number % 2;
+        if (measuring.slot == 0) await(shared.normalised[turn], measuring.number / 2);
+        const Normalised<models>& row = shared.row[turn];
 #pragma unroll
-            for (int i = 0; i < measures; ++i) {
-              v[i] = warp_sum(v[i]);
-              if (lane == 0) measured.warp[warp][i] = v[i];
-            }
-          }
-        }
-      }
-      if (last && (now.there() || (more && previous.there()))) {
-        __syncthreads();
-        if (warp == 0 && now.there()) {
-          RowSums<double, models> r = no_sums<models>();
-          if (lane < warps) r = widened(shared.warp[lane]);
-          r = merge_lanes(e, r, warps);
-          if (lane < cluster_blocks) send(r, shared.block[now_number % 2][block], shared.arrived[now_number % 2], lane);
-        }
-        if constexpr (more) {
-          if (warp >= 1 && warp <= measures && previous.there()) {
-            const double sum = warp_sum(lane < warps ? static_cast<double>(measured.warp[lane][warp - 1]) : 0.0);
-            const unsigned half = previous_number % 2;
-            if (lane < cluster_blocks) send(sum, measured.block[half][block][warp - 1], measured.arrived[half], lane);
-          }
-        }
-      }
-
-      const Row& leaving = more ? before : previous;
-      if (!leaving.there()) continue;
-      if (c.write_gradient) {
-        T* const to = student_row(leaving.row);
-        const int at = element(slot, lead_of(to));
-        if (has(slot, at)) {
-          const Normalised<models>& row = shared.row[(more ? before_number : previous_number) % 4];
+        for (int half = 0; half < halves; ++half, measuring.span.at += half_elements) {
+          if (!measuring.span.there(width)) continue;
+          const uint4* const from = packs_at(measuring.span.place, half);
           float zs[width], zt[width];
-          load(more ? before_index : previous_index, zs, zt);
-          if constexpr (!with_teacher) {
+          stored<T>(from).get(zs);
+          stored<T>(from + half_packs).get(zt);
 #pragma unroll
-            for (int j = 0; j < width; ++j) zs[j] = row.ce * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
-          } else {
-            /// Of ce and kl with respect to z, from q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the like.
-            const float of_ce = row.ce, kl_s = row.kl_s, kl_t = row.kl_t, offset_1 = row.offset_1;
-            const auto simple = [&](float z, float q, float p) {
-              if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -(kl_t * p));
-              if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -(kl_t * p));
-              return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
-            };
-            const float offset_s = row.offset[0], offset_t = row.offset[models - 1];
-            [[maybe_unused]] float of_row = 0;  // all that is q times a constant of the row
-            if constexpr (more) {
-              const double* sum = measured.row[before_number % 2];
-              of_row = c.reverse_kl * static_cast<float>(sum[m_reverse_kl]) +
-                       c.jsd * static_cast<float>(sum[m_student_to_mixture]) +
-                       c.tvd * static_cast<float>(sum[m_mean_sign]);
+          for (int j = 0; j < width; ++j) {
+            const float p = row.factor[1] * power_of_two(fmaf(zt[j], e.c, -row.offset[1]));
+            const float q = row.factor[0] * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+            const float d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
+            if (c.with_reverse_kl) v[m_reverse_kl] = fmaf(-q, d, v[m_reverse_kl]);
+            if (c.with_jsd) {
+              const float b = mixture.student_over(d);
+              v[m_kl] = fmaf(p, d, v[m_kl]);
+              v[m_mixture] = fmaf(fmaf(c.beta, p - q, q), b, v[m_mixture]);
+              v[m_student_to_mixture] = fmaf(q, b, v[m_student_to_mixture]);
             }
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              const float q = power_of_two(fmaf(zs[j], e.c, -offset_s)), p = power_of_two(fmaf(zt[j], e.c, -offset_t));
-              float g = simple(zs[j], q, p);
-              if constexpr (more) {
-                const float qq = row.factor[0] * q, d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
-                float of_q = fmaf(-c.reverse_kl, d, -of_row);
-                if (c.with_jsd) of_q = fmaf(c.jsd, mixture.student_over(d), of_q);
-                if (c.with_tvd) of_q = fmaf(c.tvd, sign(qq - row.factor[models - 1] * p), of_q);
-                g = fmaf(qq, of_q, g);
-              }
-              zs[j] = g;
-            }
-          }
-          if (leaving.label >= at && leaving.label < at + width) {
-#pragma unroll
-            for (int j = 0; j < width; ++j) zs[j] -= at + j == leaving.label ? c.ce : 0.0f;
-          }
-          if (whole(at) && copied(leaving.row)) {
-            Pack<T, width> p;
-            p.set(zs);
-            store_whole(to + at, p.words);
-          } else {
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              if (at + j >= 0 && at + j < n) to[at + j] = round_to<T>(zs[j]);
+            if (c.with_tvd) {
+              v[m_tvd] += fabsf(p - q);
+              v[m_mean_sign] = fmaf(q, sign(q - p), v[m_mean_sign]);
             }
           }
         }
+        if (measuring.slot == layout.slots - 1) {
+#pragma unroll
+          for (int i = 0; i < measures; ++i) {
+            v[i] = warp_sum(v[i]);
+            if (lane == 0) measured.warp[turn][warp][i] = v[i];
+            v[i] = 0;
+          }
+          if (lane == 0) arrive(measured.summed[turn]);
+        }
+        --ahead_of_measuring;
+        next_slot(measuring);
+        continue;
       }
-      fetch();
     }
-    before = previous;
-    before_index = previous_index;
-    before_number = previous_number;
-    previous = now;
-    previous_index = now_index;
-    previous_number = now_number;
-    if (now.there()) {
-      now_index = wrapped(now_index + layout.slots);
-      ++now_number;
+    const unsigned turn = leaving.number % 2;
+    if (leaving.slot == 0) {
+      if constexpr (more) {
+        await(measured.ready[turn], leaving.number / 2);
+      } else {
+        await(shared.normalised[turn], leaving.number / 2);
+      }
     }
-    if (idle > 0) {
-      --idle;
-      now = {-1, 0};
-    } else {
-      idle = layout.idle;
-      now = advance(rows, pass_over);
+    if (c.write_gradient) {
+      T* const to = student_row(leaving.row.row);
+      const Normalised<models>& row = shared.row[turn];
+#pragma unroll
+      for (int half = 0; half < halves; ++half, leaving.span.at += half_elements) {
+        const int at = leaving.span.at;
+        const bool whole = leaving.span.whole();
+        if (!whole && !leaving.span.there(width)) continue;
+        const uint4* const from = packs_at(leaving.span.place, half);
+        float zs[width], zt[width];
+        stored<T>(from).get(zs);
+        if constexpr (with_teacher) stored<T>(from + half_packs).get(zt);
+        if constexpr (!with_teacher) {
+#pragma unroll
+          for (int j = 0; j < width; ++j) zs[j] = row.ce * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+        } else {
+          /// Of ce and kl with respect to z, from q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the like.
+          const float of_ce = row.ce, kl_s = row.kl_s, kl_t = row.kl_t, offset_1 = row.offset_1;
+          const auto simple = [&](float z, float q, float p) {
+            if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -(kl_t * p));
+            if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -(kl_t * p));
+            return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
+          };
+          const float offset_s = row.offset[0], offset_t = row.offset[models - 1];
+          [[maybe_unused]] float of_row = 0;  // all that is q times a constant of the row
+          if constexpr (more) {
+            const double* sum = measured.row[turn];
+            of_row = c.reverse_kl * static_cast<float>(sum[m_reverse_kl]) +
+                     c.jsd * static_cast<float>(sum[m_student_to_mixture]) +
+                     c.tvd * static_cast<float>(sum[m_mean_sign]);
+          }
+#pragma unroll
+          for (int j = 0; j < width; ++j) {
+            const float q = power_of_two(fmaf(zs[j], e.c, -offset_s)), p = power_of_two(fmaf(zt[j], e.c, -offset_t));
+            float g = simple(zs[j], q, p);
+            if constexpr (more) {
+              const float qq = row.factor[0] * q, d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
+              float of_q = fmaf(-c.reverse_kl, d, -of_row);
+              if (c.with_jsd) of_q = fmaf(c.jsd, mixture.student_over(d), of_q);
+              if (c.with_tvd) of_q = fmaf(c.tvd, sign(qq - row.factor[models - 1] * p), of_q);
+              g = fmaf(qq, of_q, g);
+            }
+            zs[j] = g;
+          }
+        }
+        if (static_cast<unsigned>(leaving.row.label - at) < width) {
+#pragma unroll
+          for (int j = 0; j < width; ++j) zs[j] -= at + j == leaving.row.label ? c.ce : 0.0f;
+        }
+        if (whole) {
+          Pack<T, width> p;
+          p.set(zs);
+          store_whole(to + at, p.words);
+        } else {
+#pragma unroll
+          for (int j = 0; j < width; ++j) {
+            if (at + j >= 0 && at + j < n) to[at + j] = round_to<T>(zs[j]);
+          }
+        }
+      }
     }
+    --ahead;
+    fetch(leaving.span.place);
+    next_slot(leaving);
   }
 }
 
@@ -568,28 +608,24 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   layout.rows = static_cast<int>(rows);
   layout.n = static_cast<int>(n);
   layout.each = static_cast<int>(rounded_up(divided(packs, cluster_blocks), of_line));
-  layout.slots = static_cast<int>(divided(layout.each, threads));
-  layout.stride = static_cast<int>(rounded_up(divided(layout.each, layout.slots), of_line));
+  layout.slots = static_cast<int>(divided(layout.each, slot_packs));
 
   const auto kernel = rows_loss<T, kind, with_teacher, more>;
   cudaFuncAttributes attributes{};
   cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;
-  const int slot_bytes = layout.stride * models * static_cast<int>(sizeof(uint4));
-  /// Slots that fit where `blocks` share a multiprocessor.
-  const auto fitting = [&](int blocks) {
-    return (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
-  };
-  // A slot is needed until the last stage of its row, rows behind the first; the others are on their way.
-  int held = (more ? 2 : 1) * layout.slots;
-  int ring = fitting(blocks_an_sm<T, more>);
-  if (ring < held + 2) ring = fitting(1);
-  if (ring < held + 1) {  // three rows do not fit: one after the other
-    layout.idle = 2;
-    held = layout.slots - 1;
+  constexpr int slot_bytes = slot_packs * models * static_cast<int>(sizeof(uint4));
+  // A slot is needed until its row has left; while the cluster's sums are joined, the next row's first slot is summed.
+  for (int blocks = blocks_an_sm; blocks > 0 && layout.ring == 0; --blocks) {
+    const int fit = (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
+    for (const int needed : {layout.slots + 1 + pending, layout.slots + pending, layout.slots}) {
+      if (fit < needed || (needed == layout.slots && blocks > 1)) continue;
+      layout.ring = needed;
+      layout.deep = needed != layout.slots;
+      layout.most_ahead = layout.deep ? needed - pending : needed;
+      break;
+    }
   }
-  layout.pending = std::min(ring - held - 1, most_pending);
-  layout.ring = held + 1 + layout.pending;
   const int bytes = layout.ring * slot_bytes;
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
@@ -614,7 +650,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
 
 template <class T>
 std::int64_t most_classes() {
-  return static_cast<std::int64_t>(most_slots) * threads * cluster_blocks * pack_width<T> -
+  return static_cast<std::int64_t>(most_slots) * slot_packs * cluster_blocks * pack_width<T> -
          line / static_cast<int>(sizeof(T)) + 1;
 }
 template std::int64_t most_classes<Bits>();

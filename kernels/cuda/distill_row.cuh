@@ -41,9 +41,11 @@ template <Temperature kind>
 struct Exponents {
   float c;
   // Logits below -1e30, as of classes that are ruled out, have no powers worth a reference; so it stays finite.
-  __device__ __forceinline__ float reference(float from) const { return fmaxf(from, -1e30f) * c; }
+  // What a thread subtracts from exponents, whatever the compiler would fuse: sums are rescaled by differences of
+  // these.
+  __device__ __forceinline__ float reference(float from) const { return __fmul_rn(fmaxf(from, -1e30f), c); }
   __device__ __forceinline__ float reference_1(float from) const {
-    return kind == Temperature::any ? fmaxf(from, -1e30f) * log2_e
+    return kind == Temperature::any ? __fmul_rn(fmaxf(from, -1e30f), log2_e)
                                     : (kind == Temperature::two ? 2.0f : 1.0f) * reference(from);
   }
   /// What sums relative to `from` are multiplied by to be relative to `to`.
@@ -55,20 +57,65 @@ struct Exponents {
   }
 };
 
+// The largest of logits, in bfloat16 of those in even and in odd places; what is not a number is passed over.
+template <class T>
+using Largest = std::conditional_t<std::is_same_v<T, Bits>, __nv_bfloat162, float>;
+__device__ __forceinline__ __nv_bfloat162 bits_pair(std::uint32_t x) { return reinterpret_cast<__nv_bfloat162&>(x); }
+__device__ __forceinline__ void raise(__nv_bfloat162& largest, const Pack<Bits, 8>& p) {
+  largest = __hmax2(__hmax2(largest, bits_pair(p.words[0])), bits_pair(p.words[1]));
+  largest = __hmax2(__hmax2(largest, bits_pair(p.words[2])), bits_pair(p.words[3]));
+}
+__device__ __forceinline__ void raise(float& largest, const Pack<float, 4>& p) {
+  float v[4];
+  p.get(v);
+#pragma unroll
+  for (const float x : v) largest = fmaxf(largest, x);
+}
+__device__ __forceinline__ bool exceeds(const __nv_bfloat162& largest, const __nv_bfloat162& limit) {
+  const __nv_bfloat162 both = __hmax2(largest, limit);
+  return reinterpret_cast<const std::uint32_t&>(both) != reinterpret_cast<const std::uint32_t&>(limit);
+}
+__device__ __forceinline__ bool exceeds(float largest, float limit) { return largest > limit; }
+/// Whether a pack holds x, which both halves of `wanted` are.
+__device__ __forceinline__ bool holds(const Pack<Bits, 8>& p, const __nv_bfloat162& wanted) {
+  std::uint32_t found = 0;
+#pragma unroll
+  for (const std::uint32_t w : p.words) found |= __heq2_mask(bits_pair(w), wanted);
+  return found != 0;
+}
+__device__ __forceinline__ bool holds(const Pack<float, 4>&, float) { return true; }
+template <class T>
+__device__ __forceinline__ float largest_of(const Largest<T>& largest) {
+  if constexpr (std::is_same_v<T, Bits>) {
+    return fmaxf(__low2float(largest), __high2float(largest));
+  } else {
+    return largest;
+  }
+}
+template <class T>
+__device__ __forceinline__ Largest<T> as_largest(float x) {
+  if constexpr (std::is_same_v<T, Bits>) {
+    return __float2bfloat162_rn(x);
+  } else {
+    return x;
+  }
+}
+
 /// A thread's sums over one model's logits z: 2^(z c - from c) at temperature T, and at 1. `from` is the largest logit
 /// of the thread's first pack, or of a later one that would have made exponents grow above `most_exponent`.
+template <class T>
 struct Running {
-  float from = -FLT_MAX, largest = -FLT_MAX;
+  float from = -FLT_MAX;
   float at_t = 0, at_1 = 0;  // for Temperature::one at_1 is not used
-  int slot = INT_MAX;        // of the largest logit
+  Largest<T> largest = as_largest<T>(-INFINITY), limit = as_largest<T>(-INFINITY);  // limit: from + most_exponent / c
 };
 /// An exponent's own rounding, 2^-25 of it, stays below the error of its power.
 inline constexpr float most_exponent = 8;
 
-template <int models>
+template <class T, int models>
 struct RunningRow {
-  Running of[models];    // student, teacher
-  float difference = 0;  // the teacher's powers at T times (z_t - z_s), less that of both `from`
+  Running<T> of[models];  // student, teacher
+  float difference = 0;   // the teacher's powers at T times (z_t - z_s), less that of both `from`
 };
 
 /// One model's sums of several threads, relative to the largest logit. For Temperature::one both are the same.
@@ -103,17 +150,15 @@ __device__ __forceinline__ float warp_largest(float x) {
   return __int_as_float(most < 0 ? most ^ 0x7fffffff : most);
 }
 
-/// A thread's sums to its warp's. `places` and `label_logits`: the thread's own.
-template <Temperature kind, int models>
-__device__ __forceinline__ RowSums<float, models> merge_warp(const Exponents<kind>& e, const RunningRow<models>& r,
-                                                             const int (&places)[models],
+/// A thread's sums to its warp's, but for places. `label_logits`: the thread's own, or 0.
+template <class T, Temperature kind, int models>
+__device__ __forceinline__ RowSums<float, models> merge_warp(const Exponents<kind>& e, const RunningRow<T, models>& r,
                                                              const float (&label_logits)[models]) {
   RowSums<float, models> out;
   float own[models];
 #pragma unroll
   for (int m = 0; m < models; ++m) {
-    out.of[m].largest = warp_largest(r.of[m].largest);
-    out.of[m].place = __reduce_min_sync(0xffffffffu, r.of[m].largest == out.of[m].largest ? places[m] : INT_MAX);
+    out.of[m].largest = fmaxf(warp_largest(largest_of<T>(r.of[m].largest)), -FLT_MAX);
     own[m] = r.of[m].at_t * e.rescale(r.of[m].from, out.of[m].largest);
     out.of[m].at_t = warp_sum(own[m]);
     out.of[m].at_1 = kind == Temperature::one ? out.of[m].at_t
@@ -211,47 +256,29 @@ __device__ __forceinline__ Pack<T, pack_width<T>> stored(const uint4* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-template <class T>
-__device__ __forceinline__ float largest_of(const Pack<T, pack_width<T>>& p) {
-  if constexpr (std::is_same_v<T, Bits>) {
-    const auto* h = reinterpret_cast<const __nv_bfloat162*>(p.words);
-    const __nv_bfloat162 m = __hmax2(__hmax2(h[0], h[1]), __hmax2(h[2], h[3]));
-    return fmaxf(__low2float(m), __high2float(m));
-  } else {
-    float v[pack_width<T>];
-    p.get(v);
-    return fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
-  }
-}
-
-/// Adds a pack of each model. `margin`: of a logit above `from`, `most_exponent` in units of logits.
+/// Adds a pack of each model. `margin`: `most_exponent` in units of logits.
 template <class T, Temperature kind, int models>
 __device__ __forceinline__ void accumulate(const Exponents<kind>& e, float margin,
-                                           const Pack<T, pack_width<T>> (&packs)[models], int slot,
-                                           RunningRow<models>& r) {
+                                           const Pack<T, pack_width<T>> (&packs)[models], RunningRow<T, models>& r) {
   constexpr int width = pack_width<T>;
   bool above = false;
 #pragma unroll
   for (int m = 0; m < models; ++m) {
-    const float most = largest_of<T>(packs[m]);
-    Running& own = r.of[m];
-    if (most > own.largest) {
-      own.largest = most;
-      own.slot = slot;
-    }
-    above |= own.largest - own.from > margin;
+    raise(r.of[m].largest, packs[m]);
+    above |= exceeds(r.of[m].largest, r.of[m].limit);
   }
   if (above) {
     float before = 0;
     if constexpr (models == 2) before = r.of[1].from - r.of[0].from;
 #pragma unroll
     for (int m = 0; m < models; ++m) {
-      Running& own = r.of[m];
-      const float factor = e.rescale(own.from, own.largest);
+      Running<T>& own = r.of[m];
+      const float largest = largest_of<T>(own.largest), factor = e.rescale(own.from, largest);
       if (m == 1) r.difference *= factor;
       own.at_t *= factor;
-      if (kind != Temperature::one) own.at_1 *= e.rescale_1(own.from, own.largest);
-      own.from = own.largest;
+      if (kind != Temperature::one) own.at_1 *= e.rescale_1(own.from, largest);
+      own.from = largest;
+      own.limit = as_largest<T>(largest + margin);
     }
     if constexpr (models == 2) {
       r.difference = fmaf(before - (r.of[1].from - r.of[0].from), r.of[1].at_t, r.difference);

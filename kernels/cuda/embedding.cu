@@ -38,30 +38,31 @@ __global__ void __launch_bounds__(32 * gather_warps)
   }
 }
 
-// Backward. A block owns a bucket of tokens and a tile of columns. Its warps look through the ids, a part of them each,
-// and list the places of the bucket's tokens; the block brings each token's places together, in order, and adds their
-// rows. A row of the table has one owner and its sum one order. The ids stay in the caches while every block reads
-// them.
+// Backward. A block owns a bucket of tokens and a tile of columns. It looks through the ids once, lists the places of
+// the bucket's tokens, brings each token's together in order, and adds their rows. A row of the table has one owner and
+// its sum one order. The ids stay in the caches while every block reads them.
 constexpr int scatter_warps = 8, scatter_threads = 32 * scatter_warps;
 constexpr int scatter_width = 4, scatter_groups = 4;  // neighbouring columns of a thread, and how often
 constexpr int group_columns = 32 * scatter_width;     // of a warp
 constexpr int tile_columns = scatter_groups * group_columns;
-constexpr int fewest_buckets_log2 = 8;  // 256: about 128 places a block at 32,768 tokens
-constexpr int most_members = 512;       // tokens of a bucket
-constexpr int ids_each = 16;            // that a thread looks at in a turn
-constexpr int part_places = 512;        // of a warp's list: what it holds is worked off when it is full
-constexpr int most_places = scatter_warps * part_places;
-constexpr int many = 16;  // rows of one token that all warps share
-static_assert(most_members == 2 * scatter_threads);
+constexpr int fewest_buckets_log2 = 8;             // 256: about 128 places a block at 32,768 tokens
+constexpr int most_members = 2 * scatter_threads;  // tokens of a bucket
+constexpr int most_places = 16 * scatter_threads;  // of the list
+constexpr int many = 16;                           // rows of one token that all warps share
+constexpr int ids_each = 128;                      // that a thread looks at in a turn
+constexpr int few_ids_each = 16;                   // in one whose places may not all fit
+static_assert(few_ids_each * scatter_threads <= most_places);
 
 struct Scatter {
   union {
-    std::int32_t place[scatter_warps][part_places];  // as found; when they are sorted:
-    float sums[scatter_warps][tile_columns];
+    struct {
+      std::int32_t place[most_places];    // as found
+      std::uint16_t member[most_places];  // of the place's token; most_members where there is none
+    };
+    float sums[scatter_warps][tile_columns];  // once places are sorted
   };
-  std::uint16_t member[scatter_warps][part_places];               // of the place's token
   std::uint16_t count[scatter_warps][most_members];               // of a warp's places; then where its next one goes
-  std::int32_t sorted[most_places];                               // places by member, then by warp and order found
+  std::int32_t sorted[most_places];                               // places by member, then in the order found
   std::uint16_t begin[most_members + 1];                          // of a member's
   std::uint16_t few[most_members], frequent[most_places / many];  // members of fewer than `many` rows; the others
   std::uint32_t totals[scatter_warps];
@@ -159,18 +160,96 @@ struct Columns {
   }
 };
 
-/// Sorts what the warps found by member, `found` places of this thread's warp, into list.sorted, and lists the members.
-/// Gives how many of these have few rows, and many. All threads call; a barrier comes last.
-__device__ __forceinline__ int2 sort(Scatter& list, int found) {
+/// A number's sum over the threads before this one, and over all, which goes to `all`. All threads call; one barrier.
+__device__ __forceinline__ std::uint32_t sum_before(Scatter& list, std::uint32_t own, std::uint32_t& all) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  std::uint32_t until = own;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const std::uint32_t other = __shfl_up_sync(0xffffffffu, until, offset);
+    if (lane >= offset) until += other;
+  }
+  if (lane == 31) list.totals[warp] = until;
+  __syncthreads();
+  all = 0;
+  std::uint32_t before = until - own;
+#pragma unroll
+  for (int w = 0; w < scatter_warps; ++w) {
+    const std::uint32_t total = list.totals[w];
+    if (w < warp) before += total;
+    all += total;
+  }
+  return before;
+}
+
+/// Lists the places in [begin, begin + threads * each) and below `length` of ids that are in the bucket, if they fit;
+/// gives their number. All threads call; two barriers, the second if they fit.
+template <int each>
+__device__ __forceinline__ int collect(Scatter& list, const std::int32_t* tokens, std::int64_t begin,
+                                       std::int64_t length, bool vectors, const Bucket& bucket) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto other = static_cast<std::int32_t>(bucket.number ^ 1);  // an id of another bucket
+  constexpr int words = (each + 31) / 32, of_word = each / 4 / words;
+  /// Place of the first of a thread's group of four neighbouring ids.
+  const auto place_of = [&](int group) { return begin + (group * scatter_threads + thread) * 4; };
+  std::uint32_t matches[words] = {}, found = 0;
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    int4 ids[of_word];
+    if (vectors && place_of((w + 1) * of_word) - thread * 4 <= length) {
+#pragma unroll
+      for (int k = 0; k < of_word; ++k) ids[k] = *reinterpret_cast<const int4*>(tokens + place_of(w * of_word + k));
+    } else {
+#pragma unroll
+      for (int k = 0; k < of_word; ++k) {
+        const std::int64_t place = place_of(w * of_word + k);
+        ids[k].x = place < length ? tokens[place] : other;
+        ids[k].y = place + 1 < length ? tokens[place + 1] : other;
+        ids[k].z = place + 2 < length ? tokens[place + 2] : other;
+        ids[k].w = place + 3 < length ? tokens[place + 3] : other;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < of_word; ++k) {
+      const std::int32_t of_group[4] = {ids[k].x, ids[k].y, ids[k].z, ids[k].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) matches[w] |= bucket.has(of_group[j]) ? 1u << (4 * k + j) : 0;
+    }
+    found += static_cast<std::uint32_t>(__popc(matches[w]));
+    asm volatile("" ::: "memory");  // no more loads at a time than registers hold
+  }
+  std::uint32_t all = 0, entry = sum_before(list, found, all);
+  if (all > most_places) return static_cast<int>(all);
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    for (std::uint32_t left = matches[w]; left != 0; left &= left - 1) {
+      const int bit = __ffs(static_cast<int>(left)) - 1;
+      list.place[entry++] = static_cast<std::int32_t>(place_of(w * of_word + bit / 4) + bit % 4);
+    }
+  }
+  __syncthreads();
+  return static_cast<int>(all);
+}
+
+/// Sorts the listed places by member into list.sorted, and lists the members. Gives how many of these have few rows,
+/// and many. Tokens outside the table are left out. All threads call; a barrier comes last.
+__device__ __forceinline__ int2 sort(Scatter& list, int size, const std::int32_t* tokens, std::int64_t vocabulary,
+                                     const Bucket& bucket) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   std::uint16_t* const count = list.count[warp];
   for (int i = lane; i < most_members / 2; i += 32) reinterpret_cast<std::uint32_t*>(count)[i] = 0;
+  const int part = (size + scatter_threads - 1) / scatter_threads * 32;  // of a warp
+  const int first = warp * part, end = first + part < size ? first + part : size;
+  for (int i = first + lane; i < end; i += 32) {
+    const std::int32_t token = tokens[list.place[i]];
+    list.member[i] = token >= 0 && token < vocabulary ? bucket.member(token) : most_members;
+  }
   __syncwarp();
-  /// f(entry, its rank among the member's in this step) where there is one; what a member has counted goes up.
+  /// f(entry, the member's count before it) for the warp's entries in order; the counts go up.
   const auto walk = [&](const auto& f) {
-    for (int i = 0; i < found; i += 32) {
-      const bool there = i + lane < found;
-      const int member = there ? list.member[warp][i + lane] : most_members;
+    for (int i = first; i < end; i += 32) {
+      const int member = i + lane < end ? list.member[i + lane] : most_members;
+      const bool there = member < most_members;
       const std::uint32_t same = __match_any_sync(0xffffffffu, member);
       const int rank = __popc(same & ((1u << lane) - 1));
       const int before = there ? count[member] : 0;
@@ -194,19 +273,7 @@ __device__ __forceinline__ int2 sort(Scatter& list, int found) {
     for (const auto& of_warp : list.count) rows += of_warp[2 * thread + k];
     own[k] = rows == 0 ? 0 : rows | (rows < many ? 1u << few_bit : 1u << frequent_bit);
   }
-  std::uint32_t until = own[0] + own[1];
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const std::uint32_t other = __shfl_up_sync(0xffffffffu, until, offset);
-    if (lane >= offset) until += other;
-  }
-  if (lane == 31) list.totals[warp] = until;
-  __syncthreads();
-  std::uint32_t total = 0, at = until - own[0] - own[1];
-  for (int w = 0; w < scatter_warps; ++w) {
-    if (w < warp) at += list.totals[w];
-    total += list.totals[w];
-  }
+  std::uint32_t total = 0, at = sum_before(list, own[0] + own[1], total);
   const auto places = [](std::uint32_t x) { return x & ((1u << few_bit) - 1); };
   const auto few = [](std::uint32_t x) { return x >> few_bit & ((1u << (frequent_bit - few_bit)) - 1); };
 #pragma unroll
@@ -225,7 +292,7 @@ __device__ __forceinline__ int2 sort(Scatter& list, int found) {
   }
   if (thread == scatter_threads - 1) list.begin[most_members] = static_cast<std::uint16_t>(places(total));
   __syncthreads();
-  walk([&](int entry, int to) { list.sorted[to] = list.place[warp][entry]; });
+  walk([&](int entry, int to) { list.sorted[to] = list.place[entry]; });
   __syncthreads();
   return make_int2(static_cast<int>(few(total)), static_cast<int>(total >> frequent_bit));
 }
@@ -289,54 +356,28 @@ __global__ void __launch_bounds__(scatter_threads, 2)
             std::int64_t d, int tiles, int buckets_log2) {
   extern __shared__ char memory[];
   Scatter& list = *reinterpret_cast<Scatter*>(memory);
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const Bucket bucket{static_cast<std::uint32_t>(blockIdx.x) / static_cast<std::uint32_t>(tiles), buckets_log2};
   const std::int64_t tile = blockIdx.x - static_cast<std::int64_t>(bucket.number) * tiles;
   const Columns<T, aligned> columns{dout, dtable, d, tile * tile_columns + lane * scatter_width};
-
-  constexpr int step = 32 * ids_each;
-  const std::int64_t part = (length + scatter_warps - 1) / scatter_warps;
-  std::int64_t at = warp * part;
-  const std::int64_t end = at + part < length ? at + part : length;
-  bool more = true;
-  while (more) {
-    int found = 0;
-    std::int32_t next[ids_each];
-    const auto fetch = [&](std::int64_t from) {
-#pragma unroll
-      for (int k = 0; k < ids_each; ++k) {
-        const std::int64_t place = from + 32 * k + lane;
-        next[k] = place < end ? tokens[place] : -1;
-      }
-    };
-    fetch(at);
-    bool room = true;
-    while (room && at < end) {
-      std::int32_t id[ids_each];
-#pragma unroll
-      for (int k = 0; k < ids_each; ++k) id[k] = next[k];
-      fetch(at + step);
-#pragma unroll
-      for (int k = 0; k < ids_each; ++k) {
-        room = found <= part_places - 32;
-        const bool own = room && id[k] >= 0 && id[k] < vocabulary && bucket.has(id[k]);
-        const std::uint32_t match = __ballot_sync(0xffffffffu, own);
-        if (match != 0) {
-          const int entry = found + __popc(match & ((1u << lane) - 1));
-          if (own) {
-            list.place[warp][entry] = static_cast<std::int32_t>(at + lane);
-            list.member[warp][entry] = bucket.member(id[k]);
-          }
-          found += __popc(match);
-        }
-        if (room) at += 32;
-      }
-    }
-    more = __syncthreads_or(at < end ? 1 : 0) != 0;
-    if (__syncthreads_or(found) == 0) continue;
-    const int2 members = sort(list, found);
+  const bool vectors = reinterpret_cast<std::uintptr_t>(tokens) % 16 == 0;
+  const auto add = [&](int size) {
+    if (size == 0) return;
+    const int2 members = sort(list, size, tokens, vocabulary, bucket);
     work_off(list, members, bucket, columns);
     __syncthreads();
+  };
+  for (std::int64_t begin = 0; begin < length; begin += ids_each * scatter_threads) {
+    const int size = collect<ids_each>(list, tokens, begin, length, vectors, bucket);
+    if (size <= most_places) {
+      add(size);
+      continue;
+    }
+    const std::int64_t end = begin + ids_each * scatter_threads < length ? begin + ids_each * scatter_threads : length;
+    for (std::int64_t from = begin; from < end; from += few_ids_each * scatter_threads) {
+      __syncthreads();
+      add(collect<few_ids_each>(list, tokens, from, end, vectors, bucket));
+    }
   }
 }
 
