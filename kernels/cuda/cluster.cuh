@@ -32,7 +32,7 @@ __device__ __forceinline__ void await(std::uint64_t& barrier, unsigned phase) {
   while (done == 0) {
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(done)
         : "r"(address_of(&barrier)), "r"(phase % 2)
