@@ -15,7 +15,7 @@
 // one fused operation, rounded relative to itself, but for what the difference of the normalisers loses as a float,
 // the same for all classes: what lacks of a sum q d is added once.
 #include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/distill_row.cuh"
+#include "kernels/cuda/distill_ring.cuh"
 #include "kernels/cuda/launches.h"
 
 #include <cooperative_groups.h>
@@ -27,94 +27,9 @@ namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int cluster_blocks = 8;                               // the most that every Hopper GPU runs
-constexpr int work_warps = 8, threads = 32 * (work_warps + 1);  // one warp joins the others' sums
-// A slot of the ring in shared memory holds two packs of each model of a thread. Those of a few threads would be one
-// slot too many beside what else a block keeps there.
-constexpr int half_packs = 252, halves = 2, slot_packs = halves * half_packs;
-constexpr int most_slots = 14;  // of a row
-constexpr int line = 128;       // bytes: parts of rows begin at multiples, but for a row's first
-constexpr int pending = 2;      // slots that may be on their way while one is used
-
-/// Places of a row's sums, as LossSum in kernels/distill_loss.h.
-enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
-
-/// How rows lie in blocks. A row's packs of 16 bytes are counted from the line's beginning at or before its first
-/// element. A block holds `each` consecutive packs, in `slots`. The ring holds `ring` slots, those of different rows
-/// one after the other.
-struct Layout {
-  int rows, n, each, slots, ring;
-  int most_ahead;  // slots that the first stage may be ahead of the last
-  bool deep;       // there is room for `pending` slots
-};
-
-/// A row, or none: row = -1.
-struct Row {
-  int row, label;
-  __device__ __forceinline__ bool there() const { return row >= 0; }
-};
-/// The row to look at next.
-struct Cursor {
-  int next, next_label;
-};
-
-/// A block's sums over its part: p d, -q d, m log(q / m), q log(q / m), |p - q|, q sign(q - p).
-enum Measure : int { m_kl, m_reverse_kl, m_mixture, m_student_to_mixture, m_tvd, m_mean_sign, measures };
-
-/// One store of 16 bytes; the compiler makes four of an assignment here.
-__device__ __forceinline__ void store_whole(void* to, const std::uint32_t (&words)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
-}
-
-/// A thread's place in a row, in the row and in the ring.
-struct Span {
-  int at;     // element that the thread's pack begins with
-  int end;    // of the block's part, and of the row
-  int last;   // place of a whole pack
-  int place;  // bytes, of the slot
-  __device__ __forceinline__ bool whole() const { return at >= 0 && at <= last; }
-  __device__ __forceinline__ bool there(int width) const { return at > -width && at < end; }
-};
-
-/// Where one stage is.
-struct Stage {
-  Cursor rows;
-  Row row;
-  unsigned number;  // of the row among the cluster's
-  int slot;
-  Span span;
-};
-
-/// What the cluster's sums over a row make of it.
-template <int models>
-struct Normalised {
-  float offset[models], factor[models], offset_1, ce;  // ce: c.ce times the factor of exponentials at 1
-  float kl_s, kl_t;                                    // c.kl times factors
-  float shift;                                         // d = (z_t - z_s) / T - shift, of which `lost` lacks
-  int argmax[models];
-  double lost, kl, ce_sum[models];
-};
-
-template <int models>
-struct Shared {
-  // By turns of two rows.
-  RowSums<float, models> warp[2][work_warps];
-  RowSums<double, models> block[2][cluster_blocks];  // every block's, sent by it
-  Normalised<models> row[2];
-  int known_largest[2][models];                        // of warps so far, ordered
-  std::uint64_t summed[2], arrived[2], normalised[2];  // barriers of `warp`, `block`, `row`
-};
-struct MeasuresShared {
-  float warp[2][work_warps][measures];
-  double block[2][cluster_blocks][measures];
-  double row[2][measures];
-  std::uint64_t summed[2], arrived[2], ready[2];
-};
-struct NoMeasures {};
-
 constexpr int blocks_an_sm = 2;
+/// Bytes of shared memory of a multiprocessor, and what a block takes of them unseen.
+constexpr int shared_of_sm = 228 * 1024, reserved = 1024;
 
 /// `more`: reverse_kl, jsd or tvd have a weight.
 template <class T, Temperature kind, bool with_teacher, bool more>
@@ -300,12 +215,15 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
         const double lost_from = shift * inverse_t;
         out.shift = static_cast<float>(lost_from);
         out.lost = lost_from - static_cast<double>(out.shift);
-        const double largest = static_cast<double>(r.of[1].largest) - static_cast<double>(r.of[0].largest);
-        out.kl = t * t * inverse_t * (r.difference / r.of[1].at_t + (largest - shift));
+        const double pivot =
+            static_cast<double>(e.pivot(r.of[1].largest)) - static_cast<double>(e.pivot(r.of[0].largest));
+        const double mean = (r.difference / r.of[1].at_t + pivot) / static_cast<double>(e.units_a_logit());
+        out.kl = t * t * inverse_t * (mean - shift);
       }
     } else if (with_teacher && lane == 2) {
       keep(models - 1);
       out.kl_t = c.kl * own.factor;
+      out.offset_kl = static_cast<float>(own.log2_t - log2(static_cast<double>(c.kl)));
     }
   };
 
@@ -543,14 +461,16 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
 #pragma unroll
           for (int j = 0; j < width; ++j) zs[j] = row.ce * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
         } else {
-          /// Of ce and kl with respect to z, from q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the like.
+          // Of ce and kl with respect to z, from q = 2^(z c - offset) and kl p: q (ce' + kl_s) - kl p, and the like.
           const float of_ce = row.ce, kl_s = row.kl_s, kl_t = row.kl_t, offset_1 = row.offset_1;
+          constexpr bool has_kl_p = sizeof(T) == 2 && !more;
           const auto simple = [&](float z, float q, float p) {
-            if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -(kl_t * p));
-            if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -(kl_t * p));
-            return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
+            const float kl_p = has_kl_p ? p : kl_t * p;
+            if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -kl_p);
+            if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -kl_p);
+            return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -kl_p));
           };
-          const float offset_s = row.offset[0], offset_t = row.offset[models - 1];
+          const float offset_s = row.offset[0], offset_t = has_kl_p ? row.offset_kl : row.offset[models - 1];
           [[maybe_unused]] float of_row = 0;  // all that is q times a constant of the row
           if constexpr (more) {
             const double* sum = measured.row[turn];
@@ -593,9 +513,6 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
     next_slot(leaving);
   }
 }
-
-/// Bytes of shared memory of a multiprocessor, and what a block takes of them unseen.
-constexpr int shared_of_sm = 228 * 1024, reserved = 1024;
 
 template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,

@@ -21,21 +21,6 @@ __device__ __forceinline__ float power_of_two(float x) {
   return y;
 }
 
-/// The same without the unit for special functions, whose rate two exponentials of every logit would exceed: 2^n 2^f, f
-/// in [-1/2, 1/2], interpolated at Chebyshev's nodes with a relative error of 2e-7. 2^-126 for what is less.
-__device__ __forceinline__ float power_of_two_by_products(float x) {
-  float at_least;
-  asm("max.NaN.f32 %0, %1, 0fC2FC0000;" : "=f"(at_least) : "f"(x));
-  constexpr float shift = 12582912.0f + 127.0f;  // 1.5 2^23: the sum's last bits are n + 127, a float's exponent
-  const float n = at_least + shift, f = at_least - (n - shift);
-  float y = fmaf(1.33908633e-3f, f, 9.67603177e-3f);
-  y = fmaf(y, f, 5.55035695e-2f);
-  y = fmaf(y, f, 0.240221068f);
-  y = fmaf(y, f, 0.693147182f);
-  y = fmaf(y, f, 1.00000012f);
-  return y * __uint_as_float(__float_as_uint(n) << 23);
-}
-
 /// Scale factors of exponents: c at temperature T, log2(e) at 1.
 template <Temperature kind>
 struct Exponents {
@@ -48,6 +33,9 @@ struct Exponents {
     return kind == Temperature::any ? __fmul_rn(fmaxf(from, -1e30f), log2_e)
                                     : (kind == Temperature::two ? 2.0f : 1.0f) * reference(from);
   }
+  /// What sums of differences of logits are relative to, in units of which there are units_a_logit() in a logit.
+  __device__ __forceinline__ float pivot(float from) const { return kind == Temperature::two ? reference(from) : from; }
+  __device__ __forceinline__ float units_a_logit() const { return kind == Temperature::two ? c : 1.0f; }
   /// What sums relative to `from` are multiplied by to be relative to `to`.
   __device__ __forceinline__ float rescale(float from, float to) const {
     return from == to ? 1.0f : power_of_two(reference(from) - reference(to));
@@ -115,7 +103,7 @@ inline constexpr float most_exponent = 8;
 template <class T, int models>
 struct RunningRow {
   Running<T> of[models];  // student, teacher
-  float difference = 0;   // the teacher's powers at T times (z_t - z_s), less that of both `from`
+  float difference = 0;   // the teacher's powers at T times (z_t - z_s), in units, less that of both `from`
 };
 
 /// One model's sums of several threads, relative to the largest logit. For Temperature::one both are the same.
@@ -166,7 +154,8 @@ __device__ __forceinline__ RowSums<float, models> merge_warp(const Exponents<kin
     out.of[m].label_logit = warp_sum(label_logits[m]);
   }
   if constexpr (models == 2) {
-    const float moved = (r.of[1].from - r.of[0].from) - (out.of[1].largest - out.of[0].largest);
+    const float moved =
+        (e.pivot(r.of[1].from) - e.pivot(r.of[0].from)) - (e.pivot(out.of[1].largest) - e.pivot(out.of[0].largest));
     out.difference = warp_sum(fmaf(r.difference, e.rescale(r.of[1].from, out.of[1].largest), own[1] * moved));
   }
   return out;
@@ -206,7 +195,8 @@ __device__ RowSums<double, models> merge_lanes(const Exponents<kind>& e, const R
     out.of[m].label_logit = sum(r.of[m].label_logit);
   }
   if constexpr (models == 2) {  // own and factor are the teacher's
-    const float moved = (r.of[1].largest - r.of[0].largest) - (out.of[1].largest - out.of[0].largest);
+    const float moved = (e.pivot(r.of[1].largest) - e.pivot(r.of[0].largest)) -
+                        (e.pivot(out.of[1].largest) - e.pivot(out.of[0].largest));
     out.difference = sum(fma(r.difference, factor, own * static_cast<double>(moved)));
   }
   return out;
@@ -269,7 +259,7 @@ __device__ __forceinline__ void accumulate(const Exponents<kind>& e, float margi
   }
   if (above) {
     float before = 0;
-    if constexpr (models == 2) before = r.of[1].from - r.of[0].from;
+    if constexpr (models == 2) before = e.pivot(r.of[1].from) - e.pivot(r.of[0].from);
 #pragma unroll
     for (int m = 0; m < models; ++m) {
       Running<T>& own = r.of[m];
@@ -281,24 +271,32 @@ __device__ __forceinline__ void accumulate(const Exponents<kind>& e, float margi
       own.limit = as_largest<T>(largest + margin);
     }
     if constexpr (models == 2) {
-      r.difference = fmaf(before - (r.of[1].from - r.of[0].from), r.of[1].at_t, r.difference);
+      r.difference = fmaf(before - (e.pivot(r.of[1].from) - e.pivot(r.of[0].from)), r.of[1].at_t, r.difference);
     }
   }
-  float z[models][width];
+  float z[models][width], reference[models], reference_1[models];
 #pragma unroll
   for (int m = 0; m < models; ++m) {
     packs[m].get(z[m]);
-    const float reference = e.reference(r.of[m].from), reference_1 = e.reference_1(r.of[m].from);
+    reference[m] = e.reference(r.of[m].from);
+    reference_1[m] = e.reference_1(r.of[m].from);
+  }
 #pragma unroll
-    for (int j = 0; j < width; ++j) {
-      const float x = power_of_two(fmaf(z[m][j], e.c, -reference));
-      r.of[m].at_t += x;
-      if constexpr (kind == Temperature::two) r.of[m].at_1 = fmaf(x, x, r.of[m].at_1);
-      if constexpr (kind == Temperature::any) {
-        const float exponent = fmaf(z[m][j], log2_e, -reference_1);
-        r.of[m].at_1 += j % 2 == 0 ? power_of_two(exponent) : power_of_two_by_products(exponent);
-      }
-      if (m == 1) r.difference = fmaf(x, (z[1][j] - z[0][j]) - (r.of[1].from - r.of[0].from), r.difference);
+  for (int j = 0; j < width; ++j) {
+    float exponent[models], x[models];
+#pragma unroll
+    for (int m = 0; m < models; ++m) {
+      exponent[m] = fmaf(z[m][j], e.c, -reference[m]);
+      x[m] = power_of_two(exponent[m]);
+      r.of[m].at_t += x[m];
+      if constexpr (kind == Temperature::two) r.of[m].at_1 = fmaf(x[m], x[m], r.of[m].at_1);
+      if constexpr (kind == Temperature::any) r.of[m].at_1 += power_of_two(fmaf(z[m][j], log2_e, -reference_1[m]));
+    }
+    if constexpr (models == 2) {
+      // At T = 2 exponents stay finite whatever the logits, log2(e) / 2 being below 1; elsewhere they may overflow.
+      const float difference =
+          kind == Temperature::two ? exponent[1] - exponent[0] : (z[1][j] - z[0][j]) - (r.of[1].from - r.of[0].from);
+      r.difference = fmaf(x[1], difference, r.difference);
     }
   }
 }
