@@ -532,10 +532,13 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
   if (status != cudaSuccess) return status;
   constexpr int slot_bytes = slot_packs * models * static_cast<int>(sizeof(uint4));
-  // A slot is needed until its row has left; while the cluster's sums are joined, the next row's first slot is summed.
+  // A slot is needed until its row has left; while the cluster's sums are joined, the next row's first two are summed.
+  // No warp may be done with the sums of the row after the next before all have a row's joined ones: `turn` is their
+  // number's last bit. So rows of one slot are one slot ahead.
+  const int lag = layout.slots > 1 ? 2 : 1;
   for (int blocks = blocks_an_sm; blocks > 0 && layout.ring == 0; --blocks) {
     const int fit = (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
-    for (const int needed : {layout.slots + 1 + pending, layout.slots + pending, layout.slots}) {
+    for (const int needed : {layout.slots + lag + pending, layout.slots + pending, layout.slots}) {
       if (fit < needed || (needed == layout.slots && blocks > 1)) continue;
       layout.ring = needed;
       layout.deep = needed != layout.slots;

@@ -13,7 +13,9 @@ inline constexpr int work_warps = 8, threads = 32 * (work_warps + 1);  // one wa
 inline constexpr int half_packs = 252, halves = 2, slot_packs = halves * half_packs;
 inline constexpr int most_slots = 14;  // of a row
 inline constexpr int line = 128;       // bytes: parts of rows begin at multiples, but for a row's first
-inline constexpr int pending = 2;      // slots that may be on their way while one is used
+inline constexpr int pending = 1;      // slots that may be on their way while one is used
+
+static_assert(work_warps >= cluster_blocks);  // whose lanes hold what the others sent
 
 /// Places of a row's sums, as LossSum in kernels/distill_loss.h.
 enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };

@@ -195,7 +195,6 @@ __device__ __forceinline__ int collect(Scatter& list, const std::int32_t* tokens
   std::uint32_t matches[words] = {}, found = 0;
 #pragma unroll
   for (int w = 0; w < words; ++w) {
-    if (place_of(w * of_word) - thread * 4 >= length) break;
     int4 ids[of_word];
     if (vectors && place_of((w + 1) * of_word) - thread * 4 <= length) {
 #pragma unroll
