@@ -10,9 +10,13 @@ DELTAPIPE_KERNEL(distill_loss)
 
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums, Arena& workspace) {
+                  const Tensor& sums, Arena& workspace, std::int64_t classes) {
   require(student_logits.shape.rank() == 2 && student_logits.dim(1) > 0,
           "distill_loss: student_logits is not [M, N] with N > 0");
+  if (classes == 0) classes = student_logits.dim(1);
+  if (classes < 1 || classes > student_logits.dim(1)) {
+    fail<InternalError>("distill_loss: {} classes in student_logits of {}", classes, student_logits.shape.str());
+  }
   if (teacher_logits) {
     check_shape(teacher_logits, student_logits.shape, "distill_loss: teacher_logits");
     check_dtype(teacher_logits, student_logits.dtype, "distill_loss: teacher_logits");
@@ -30,7 +34,7 @@ void distill_loss(const Stream& stream, const DistillWeights& weights, const Ten
   require(teacher_logits || (w.kl == 0 && w.reverse_kl == 0 && w.jsd == 0 && w.tvd == 0),
           "distill_loss: a divergence has a weight, but there are no teacher_logits");
   DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, distill_loss, stream, weights, student_logits, teacher_logits, labels,
-                                    gradient_scale, write_gradient, sums, workspace);
+                                    gradient_scale, write_gradient, sums, workspace, classes);
 }
 
 }  // namespace deltapipe::kernels

@@ -33,7 +33,8 @@ struct LossSum {
 };
 
 /// student_logits, teacher_logits [M, N] of one dtype; labels int32 [M], a label in [0, N) or -1 for a masked row;
-/// sums float64 [LossSum::count], added to.
+/// sums float64 [LossSum::count], added to. N is `classes` where rows are longer than that, what is beyond is neither
+/// read nor written; with 0, N is the rows' length.
 ///
 /// ce, kl, teacher_ce (at temperature 1) and the counts are always summed; reverse_kl, jsd and tvd only where their
 /// weight is above 0. teacher_logits may be empty: then every weight but ce is 0, and only ce, student_correct and
@@ -52,6 +53,6 @@ struct LossSum {
 /// makes ce NaN.
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums, Arena& workspace);
+                  const Tensor& sums, Arena& workspace, std::int64_t classes = 0);
 
 }  // namespace deltapipe::kernels

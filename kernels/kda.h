@@ -43,8 +43,9 @@ struct KdaGradients {
 
 /// What a call makes of its inputs before any state enters can serve the next call on the same inputs: segment maps
 /// come first, outputs or gradients follow. `records` below: empty, or u8 [kda_records_bytes] in device memory, which
-/// maps fill and kda_forward and kda_backward read in place of preparing anew; results are the same to the bit. 0 where
-/// nothing is kept (the CPU): pass an empty tensor.
+/// maps fill and which then take the place of preparing anew, in kda_forward kda_segment_map's, in kda_backward any
+/// map's. Gradients are the same to the bit; outputs, of a scan that walks pieces of a segment side by side, the same
+/// but for rounding. 0 where nothing is kept (the CPU): pass an empty tensor.
 std::int64_t kda_records_bytes(const Stream& stream, const KdaInputs& inputs);
 
 /// state_in [S, H, K, V] acc, empty: zeros -> o [S, L, H, V] in the inputs' dtype, state_out [S, H, K, V] acc or empty.

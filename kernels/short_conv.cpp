@@ -24,34 +24,44 @@ void check_inputs(const Tensor& x, const Tensor& w, const Tensor& halo, const Te
   check_dtype(start, DType::i32, "short_conv: start");
 }
 
-}  // namespace
-
-void short_conv_forward(const Stream& stream, const Tensor& x, const Tensor& w, const Tensor& halo, const Tensor& start,
-                        const Tensor& y) {
-  check_inputs(x, w, halo, start);
-  check_shape(y, x.shape, "short_conv_forward: y");
-  check_dtype(y, x.dtype, "short_conv_forward: y");
-  DELTAPIPE_DISPATCH(stream, short_conv_forward, stream, x, w, halo, start, y);
+void check_number(std::size_t convolutions) {
+  if (convolutions < 1 || convolutions > most_convolutions) {
+    fail<InternalError>("short_conv: {} convolutions, 1 to {} go together", convolutions, most_convolutions);
+  }
 }
 
-void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& halo,
-                         const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo,
+/// Convolutions of one call have the same shapes.
+void check_like(const Tensor& x, const Tensor& w, const Tensor& first_x, const Tensor& first_w) {
+  check_tensor(x, first_x.shape, first_x.dtype, "short_conv: another x");
+  check_shape(w, first_w.shape, "short_conv: another w");
+}
+
+}  // namespace
+
+void short_conv_forward(const Stream& stream, std::span<const ShortConv> convolutions, const Tensor& start) {
+  check_number(convolutions.size());
+  for (const ShortConv& c : convolutions) {
+    check_inputs(c.x, c.w, c.halo, start);
+    check_like(c.x, c.w, convolutions[0].x, convolutions[0].w);
+    check_tensor(c.y, c.x.shape, c.x.dtype, "short_conv_forward: y");
+  }
+  DELTAPIPE_DISPATCH(stream, short_conv_forward, stream, convolutions, start);
+}
+
+void short_conv_backward(const Stream& stream, std::span<const ShortConvGradient> convolutions, const Tensor& start,
                          Arena& workspace) {
-  check_inputs(x, w, halo, start);
-  check_shape(dy, x.shape, "short_conv_backward: dy");
-  check_dtype(dy, x.dtype, "short_conv_backward: dy");
-  check_shape(dx, x.shape, "short_conv_backward: dx");
-  check_dtype(dx, x.dtype, "short_conv_backward: dx");
-  if (dw) {
-    check_shape(dw, w.shape, "short_conv_backward: dw");
-    check_dtype(dw, accumulation_dtype(x.dtype), "short_conv_backward: dw");
+  check_number(convolutions.size());
+  for (const ShortConvGradient& c : convolutions) {
+    check_inputs(c.x, c.w, c.halo, start);
+    check_like(c.x, c.w, convolutions[0].x, convolutions[0].w);
+    check_tensor(c.dy, c.x.shape, c.x.dtype, "short_conv_backward: dy");
+    check_tensor(c.dx, c.x.shape, c.x.dtype, "short_conv_backward: dx");
+    if (c.dw) check_tensor(c.dw, c.w.shape, accumulation_dtype(c.x.dtype), "short_conv_backward: dw");
+    if (c.dhalo) {
+      check_tensor(c.dhalo, {c.x.dim(0), c.w.dim(1) - 1, c.x.dim(2)}, c.x.dtype, "short_conv_backward: dhalo");
+    }
   }
-  if (dhalo) {
-    check_shape(dhalo, {x.dim(0), w.dim(1) - 1, x.dim(2)}, "short_conv_backward: dhalo");
-    check_dtype(dhalo, x.dtype, "short_conv_backward: dhalo");
-  }
-  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, short_conv_backward, stream, dy, x, w, halo, start, dx, dw, dhalo,
-                                    workspace);
+  DELTAPIPE_DISPATCH_WITH_WORKSPACE(stream, short_conv_backward, stream, convolutions, start, workspace);
 }
 
 }  // namespace deltapipe::kernels

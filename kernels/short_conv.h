@@ -12,18 +12,31 @@
 #include "core/stream.h"
 #include "core/tensor.h"
 
+#include <span>
+
 namespace deltapipe::kernels {
 
+/// Convolutions that a call does in one pass, as of q, k and v: all of the same shapes.
+inline constexpr std::size_t most_convolutions = 3;
+
 /// x [S, L, D], w [D, W], halo [S, W - 1, D] or empty -> y [S, L, D], all of one dtype. y aliases nothing.
-void short_conv_forward(const Stream& stream, const Tensor& x, const Tensor& w, const Tensor& halo, const Tensor& start,
-                        const Tensor& y);
+struct ShortConv {
+  Tensor x, w, halo, y;
+};
 
 /// dy [S, L, D] and the inputs of forward -> dx [S, L, D] and dhalo [S, W - 1, D] (skipped when empty), overwritten;
 /// dw [D, W] (float32, or float64 when x is float64) += gradient, skipped when empty. dhalo[s] is what the owner of the
-/// preceding rows adds to its dx. Outputs alias nothing. Workspace: none on the CPU; on CUDA, when dw is wanted, D * W
-/// float32 for each of at most S * L / 16 chunks of tokens, as few as fill the device: 104 at D = 2,560.
-void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& halo,
-                         const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo,
+/// preceding rows adds to its dx. Outputs alias nothing.
+struct ShortConvGradient {
+  Tensor dy, x, w, halo;
+  Tensor dx, dw, dhalo;
+};
+
+void short_conv_forward(const Stream& stream, std::span<const ShortConv> convolutions, const Tensor& start);
+
+/// Workspace: none on the CPU; on CUDA, for every dw that is wanted, D * W float32 for each of at most S * L / 16
+/// chunks of tokens, as few as fill the device: 104 at D = 2,560, 35 where there are three.
+void short_conv_backward(const Stream& stream, std::span<const ShortConvGradient> convolutions, const Tensor& start,
                          Arena& workspace);
 
 }  // namespace deltapipe::kernels

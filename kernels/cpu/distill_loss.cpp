@@ -321,10 +321,10 @@ class RowLoss {
 
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums, Arena&) {
+                  const Tensor& sums, Arena&, std::int64_t classes) {
   if (stream.is_dry()) return;
   for_real(student_logits.dtype, "distill_loss", [&]<class T>() {
-    const std::int64_t rows = student_logits.dim(0), n = student_logits.dim(1);
+    const std::int64_t rows = student_logits.dim(0), pitch = student_logits.dim(1), n = classes;
     T* student = student_logits.as<T>();
     const T* teacher = teacher_logits ? teacher_logits.as<T>() : nullptr;
     const auto* label = labels.as<std::int32_t>();
@@ -334,10 +334,10 @@ void distill_loss(const Stream& stream, const DistillWeights& weights, const Ten
       RowLoss<T> loss(weights, n, gradient_scale, write_gradient);
       Sums task{};
       for (std::int64_t r = begin; r < end; ++r) {
-        T* row = student + r * n;
+        T* row = student + r * pitch;
         if (label[r] >= n) fail<InternalError>("distill_loss: row {} has label {} of {} classes", r, label[r], n);
         if (label[r] >= 0) {
-          loss.run(row, teacher ? teacher + r * n : nullptr, label[r], task);
+          loss.run(row, teacher ? teacher + r * pitch : nullptr, label[r], task);
         } else if (write_gradient) {
           std::fill_n(row, n, T(0));
         }

@@ -106,10 +106,8 @@ void backward_segment(const Rows<T>& rows, const T (&taps)[8][lanes], const T* d
   }
 }
 
-}  // namespace
-
-void short_conv_forward(const Stream&, const Tensor& x, const Tensor& w, const Tensor& halo, const Tensor& start,
-                        const Tensor& y) {
+void forward(const ShortConv& c, const Tensor& start) {
+  const auto& [x, w, halo, y] = c;
   for_real(x.dtype, "short_conv_forward", [&]<class T>() {
     const std::int64_t segments = x.dim(0), length = x.dim(1), d = x.dim(2), width = w.dim(1);
     const std::int64_t channel_blocks = (d + lanes - 1) / lanes;
@@ -129,9 +127,8 @@ void short_conv_forward(const Stream&, const Tensor& x, const Tensor& w, const T
 }
 
 // Tasks own channels, not tokens: each sum of dw has one owner and one order.
-void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x, const Tensor& w, const Tensor& halo,
-                         const Tensor& start, const Tensor& dx, const Tensor& dw, const Tensor& dhalo, Arena&) {
-  if (stream.is_dry()) return;
+void backward(const ShortConvGradient& c, const Tensor& start) {
+  const auto& [dy, x, w, halo, dx, dw, dhalo] = c;
   for_real(x.dtype, "short_conv_backward", [&]<class T>() {
     const std::int64_t segments = x.dim(0), length = x.dim(1), d = x.dim(2), width = w.dim(1);
     T* pdw = dw ? dw.as<T>() : nullptr;
@@ -154,6 +151,18 @@ void short_conv_backward(const Stream& stream, const Tensor& dy, const Tensor& x
       });
     });
   });
+}
+
+}  // namespace
+
+void short_conv_forward(const Stream&, std::span<const ShortConv> convolutions, const Tensor& start) {
+  for (const ShortConv& c : convolutions) forward(c, start);
+}
+
+void short_conv_backward(const Stream& stream, std::span<const ShortConvGradient> convolutions, const Tensor& start,
+                         Arena&) {
+  if (stream.is_dry()) return;
+  for (const ShortConvGradient& c : convolutions) backward(c, start);
 }
 
 }  // namespace deltapipe::kernels::cpu

@@ -10,9 +10,9 @@ decltype(kernels::distill_loss) distill_loss;
 
 void distill_loss(const Stream& stream, const DistillWeights& weights, const Tensor& student_logits,
                   const Tensor& teacher_logits, const Tensor& labels, double gradient_scale, bool write_gradient,
-                  const Tensor& sums, Arena& workspace) {
+                  const Tensor& sums, Arena& workspace, std::int64_t classes) {
   const char* call = "distill_loss";
-  const std::int64_t rows = student_logits.dim(0), n = student_logits.dim(1);
+  const std::int64_t rows = student_logits.dim(0);
   const auto scope = workspace.scope();
   const Tensor row_sums = workspace.allocate(DType::f64, {rows, LossSum::count}, "distillation loss, sums of rows");
   if (stream.is_dry()) return;
@@ -32,11 +32,12 @@ void distill_loss(const Stream& stream, const DistillWeights& weights, const Ten
       .write_gradient = write_gradient,
   };
   for_type(student_logits.dtype, call, [&]<class T>() {
-    if (n > most_classes<T>()) {
-      fail<InternalError>("{}: {} classes, on CUDA at most {} fit", call, n, most_classes<T>());
+    if (classes > most_classes<T>()) {
+      fail<InternalError>("{}: {} classes, on CUDA at most {} fit", call, classes, most_classes<T>());
     }
     check(distill_loss<T>(c, pointer<T>(student_logits, call), pointer<T>(teacher_logits, call),
-                          labels.as<std::int32_t>(), row_sums.as<double>(), rows, n, native(stream)),
+                          labels.as<std::int32_t>(), row_sums.as<double>(), rows, classes, student_logits.dim(1),
+                          native(stream)),
           call);
   });
   check(add_column_sums(row_sums.as<double>(), rows, LossSum::count, sums.as<double>(), native(stream)), call);

@@ -11,9 +11,8 @@
 // A thread's own terms are added in float (N / 4096 of them), everything else in double.
 //
 // Exponentials are powers of two of fma(z, log2(e) / T, -normaliser). What the float normaliser loses of the double one
-// is the same factor for the whole row and goes into the constants of the terms. In the third stage d = log(p / q) is
-// one fused operation, rounded relative to itself, but for what the difference of the normalisers loses as a float,
-// the same for all classes: what lacks of a sum q d is added once.
+// is the same factor for the whole row and goes into the constants of the terms. In the second and third stage
+// d = log(p / q) is one fused operation; what a float difference of normalisers lacks is added to sum q d once.
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/distill_ring.cuh"
 #include "kernels/cuda/launches.h"
@@ -48,7 +47,7 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
   const Exponents<kind> e{c.inverse_temperature * log2_e};
   const float margin = most_exponent / fmaxf(e.c, log2_e);
 
-  const auto student_row = [&](int row) { return student_logits + static_cast<std::int64_t>(row) * n; };
+  const auto student_row = [&](int row) { return student_logits + static_cast<std::int64_t>(row) * layout.pitch; };
   const std::int64_t to_teacher =  // bytes from a student's logit to the teacher's
       reinterpret_cast<std::intptr_t>(teacher_logits) - reinterpret_cast<std::intptr_t>(student_logits);
   // Copies of 16 bytes bring both models' rows.
@@ -516,7 +515,7 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
 
 template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                   double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream) {
+                   double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   constexpr int models = with_teacher ? 2 : 1, of_line = line / static_cast<int>(sizeof(uint4));
   const auto divided = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const auto rounded_up = [](std::int64_t a, std::int64_t to) { return (a + to - 1) / to * to; };
@@ -524,6 +523,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   Layout layout{};
   layout.rows = static_cast<int>(rows);
   layout.n = static_cast<int>(n);
+  layout.pitch = pitch;
   layout.each = static_cast<int>(rounded_up(divided(packs, cluster_blocks), of_line));
   layout.slots = static_cast<int>(divided(layout.each, slot_packs));
 
@@ -533,8 +533,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   if (status != cudaSuccess) return status;
   constexpr int slot_bytes = slot_packs * models * static_cast<int>(sizeof(uint4));
   // A slot is needed until its row has left; while the cluster's sums are joined, the next row's first two are summed.
-  // No warp may be done with the sums of the row after the next before all have a row's joined ones: `turn` is their
-  // number's last bit. So rows of one slot are one slot ahead.
+  // No warp may bring sums of the row after the next before all have a row's joined ones; so rows of one slot: one.
   const int lag = layout.slots > 1 ? 2 : 1;
   for (int blocks = blocks_an_sm; blocks > 0 && layout.ring == 0; --blocks) {
     const int fit = (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
@@ -578,10 +577,10 @@ template std::int64_t most_classes<float>();
 
 template <class T>
 cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                         double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream) {
+                         double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto with = [&]<Temperature kind, bool with_teacher, bool more>() {
-    return launch<T, kind, with_teacher, more>(c, student, teacher, labels, row_sums, rows, n, stream);
+    return launch<T, kind, with_teacher, more>(c, student, teacher, labels, row_sums, rows, n, pitch, stream);
   };
   const bool more = c.with_reverse_kl || c.with_jsd || c.with_tvd;
   const auto of_kind = [&]<Temperature kind>() {
@@ -593,8 +592,8 @@ cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher
   return of_kind.template operator()<Temperature::any>();
 }
 template cudaError_t distill_loss(const DistillConstants&, Bits*, const Bits*, const std::int32_t*, double*,
-                                  std::int64_t, std::int64_t, cudaStream_t);
+                                  std::int64_t, std::int64_t, std::int64_t, cudaStream_t);
 template cudaError_t distill_loss(const DistillConstants&, float*, const float*, const std::int32_t*, double*,
-                                  std::int64_t, std::int64_t, cudaStream_t);
+                                  std::int64_t, std::int64_t, std::int64_t, cudaStream_t);
 
 }  // namespace deltapipe::kernels::cuda

@@ -24,6 +24,7 @@ enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teac
 /// element. A block holds `each` consecutive packs, in `slots`. The ring holds `ring` slots, those of different rows
 /// one after the other.
 struct Layout {
+  std::int64_t pitch;  // elements from a row to the next
   int rows, n, each, slots, ring;
   int most_ahead;  // slots that the first stage may be ahead of the last
   bool deep;       // there is room for `pending` slots

@@ -87,9 +87,8 @@ void kda_segment_map(const Stream& stream, const KdaInputs& inputs, const Tensor
   const kda::Problem p = problem(inputs, "kda_segment_map");
   const auto scope = workspace.scope();
   void* kept = records_of(records, p, workspace);
-  void* memory = take_workspace(workspace, kda::map_workspace(p), "KDA maps of pieces");
   if (stream.is_dry()) return;
-  check(kda::segment_map(p, kept, floats(m), floats(e), memory, native(stream)), "kda_segment_map");
+  check(kda::segment_map(p, kept, floats(m), floats(e), native(stream)), "kda_segment_map");
 }
 
 void kda_backward_map(const Stream& stream, const KdaInputs& inputs, const Tensor& records, const Tensor& d_o,

@@ -35,35 +35,43 @@ struct BackwardWorkspace {
   }
 };
 
-struct MapWorkspace {
-  int pieces;
-  float *m = nullptr, *e = nullptr;
-
-  MapWorkspace(Carver& carver, const Problem& p) : pieces(map_pieces(p)) {
-    if (pieces == 1) return;
-    const std::size_t k = static_cast<std::size_t>(p.head_dim);
-    const std::size_t n = static_cast<std::size_t>(pieces) * p.segments * p.heads * k * k;
-    m = carver.take<float>(n);
-    e = carver.take<float>(n);
-  }
-};
-
 std::size_t records_alone(const Problem& p) {
   return p.head_chunks() * (p.head_dim == 128 ? Record<128>::bytes : Record<64>::bytes);
 }
 
-/// Whether records are prepared while a split scan, which waits for latency on some of the multiprocessors, reads them.
-/// Off: whether the scan can wait for ever where kernels of other streams (NCCL's) take multiprocessors has not been
-/// shown.
-constexpr bool prepare_beside = false;
+/// What a call's records are made of.
+struct Records {
+  std::uint8_t* all;
+  int* ready;      // a flag each
+  PieceMaps maps;  // segment_map's, of pieces, where those are more than one
+  float* states;   // and what comes into each
+  std::size_t bytes;
 
-/// The scan of one chunk of all heads takes about as long as 0.18 multiprocessors need to prepare a chunk of one head
-/// (H100, K = 128: 1.28 us beside 7.2); four fifths of what the spare ones could do is left to them.
-Pace pace_of(const Problem& p, void* records, bool backwards) {
+  Records(void* base, const Problem& p) {
+    Carver carver(base);
+    const std::size_t k = static_cast<std::size_t>(p.head_dim);
+    all = carver.take<std::uint8_t>(records_alone(p));
+    ready = carver.take<int>(p.head_chunks());
+    maps.pieces = map_pieces(p);
+    const std::size_t n = maps.pieces == 1 ? 0 : static_cast<std::size_t>(maps.pieces) * p.segments * p.heads * k * k;
+    maps.m = carver.take<float>(n);
+    maps.e = carver.take<float>(n);
+    states = carver.take<float>(n);
+    bytes = carver.used();
+  }
+};
+
+/// Records are prepared while the scan, which takes some of the multiprocessors, reads them. Its blocks start when all
+/// blocks of the preparation run or have ended, and those wait for nothing: whatever else takes multiprocessors, the
+/// records that a scan waits for come.
+///
+/// What the spare multiprocessors prepare while a chunk of all heads is scanned is 0.13 chunks of one head each (H100,
+/// K = 128: 0.93 us beside 7.2); leaving them half as much again has measured best.
+Pace pace_of(const Problem& p, const Records& records, bool backwards) {
   const int spare = spare_processors(p), heads = p.segments * p.heads;
-  if (!prepare_beside || spare < 16) return {};
-  const double share = 0.8 * 0.18 * spare / heads;
-  return {.ready = reinterpret_cast<int*>(static_cast<std::uint8_t*>(records) + records_alone(p)),
+  if (spare < 16) return {};
+  const double share = 0.2 * spare / heads;
+  return {.ready = records.ready,
           .late_chunks = static_cast<int>(p.chunks() * (share < 0.9 ? share : 0.9)),
           .late_blocks = spare,
           .backwards = backwards};
@@ -85,19 +93,46 @@ class Status {
 
 }  // namespace
 
+cudaError_t box_map(CUtensorMap* map, const Problem& p, const std::uint16_t* tensor) {
+  static const auto encode = [] {  // the driver's, so that programs need not be linked with it
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f)
+               : nullptr;
+  }();
+  if (encode == nullptr) return cudaErrorSymbolNotFound;
+  const auto k = static_cast<cuuint64_t>(p.head_dim), heads = static_cast<cuuint64_t>(p.heads),
+             length = static_cast<cuuint64_t>(p.length);
+  const cuuint64_t sizes[4] = {k, length, heads, static_cast<cuuint64_t>(p.segments)};
+  const cuuint64_t strides[3] = {2 * k * heads, 2 * k, 2 * k * heads * length};  // of all sizes but the first; bytes
+  const cuuint32_t box[4] = {64, chunk_tokens, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<std::uint16_t*>(tensor), sizes,
+                                 strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 bool supports(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
-// Behind the records: a flag each.
-std::size_t records_bytes(const Problem& p) { return records_alone(p) + p.head_chunks() * sizeof(int); }
+std::size_t records_bytes(const Problem& p) { return Records(nullptr, p).bytes; }
 
 cudaError_t forward(const Problem& p, void* records, bool prepared, const float* state_in, std::uint16_t* o,
                     float* state_out, cudaStream_t stream) {
-  const Pace pace = prepared ? Pace{} : pace_of(p, records, false);
-  const ForwardScan scan{.records = records, .state_in = state_in, .state_out = state_out, .o = o, .ready = pace.ready};
-  return Status()
-      .then([&] { return prepared ? cudaSuccess : prepare(p, records, pace, stream); })
-      .then([&] { return scan_forward(p, scan, stream); })
-      .error();
+  const Records r(records, p);
+  const Pace pace = prepared ? Pace{} : pace_of(p, r, false);
+  ForwardScan scan{.records = r.all, .state_in = state_in, .state_out = state_out, .o = o, .ready = pace.ready};
+  Status status;
+  if (!prepared) {
+    status.then([&] { return prepare(p, r.all, pace, stream); });
+  } else if (r.maps.pieces > 1) {
+    status.then([&] { return piece_states(p, r.maps, state_in, r.states, stream); });
+    scan.state_in = r.states;
+    scan.pieces = r.maps.pieces;
+  }
+  return status.then([&] { return scan_forward(p, scan, stream); }).error();
 }
 
 std::size_t backward_workspace(const Problem& p) {
@@ -111,9 +146,10 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
                      cudaStream_t stream) {
   Carver carver(workspace);
   const BackwardWorkspace w(carver, p);
-  const Pace pace = prepared ? Pace{} : pace_of(p, records, true);
-  const ForwardScan states{.records = records, .state_in = state_in, .states = w.states, .v_new = w.v_new};
-  const ReverseScan dstates{.records = records,
+  const Records r(records, p);
+  const Pace pace = prepared ? Pace{} : pace_of(p, r, true);
+  const ForwardScan states{.records = r.all, .state_in = state_in, .states = w.states, .v_new = w.v_new};
+  const ReverseScan dstates{.records = r.all,
                             .d_o = d_o,
                             .dstate_out = dstate_out,
                             .dstate_in = dstate_in,
@@ -122,7 +158,7 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
                             .ready = pace.ready};
   const ChunkGradients chunks{d_o, w.states, w.dstates, w.v_new, w.minus_y, gradients, w.sums};
   return Status()
-      .then([&] { return prepared ? cudaSuccess : prepare(p, records, pace, stream); })
+      .then([&] { return prepared ? cudaSuccess : prepare(p, r.all, pace, stream); })
       .then([&] { return scan_reverse(p, dstates, stream); })
       .then([&] { return scan_forward(p, states, stream); })
       .then([&] { return chunk_gradients(p, chunks, stream); })
@@ -133,28 +169,22 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
       .error();
 }
 
-std::size_t map_workspace(const Problem& p) {
-  Carver count(nullptr);
-  const MapWorkspace all(count, p);
-  return count.used();
-}
-
-cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, void* workspace, cudaStream_t stream) {
-  Carver carver(workspace);
-  const MapWorkspace w(carver, p);
-  const bool whole = w.pieces == 1;
+cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, cudaStream_t stream) {
+  const Records r(records, p);
+  const PieceMaps maps = r.maps.pieces > 1 ? r.maps : PieceMaps{1, m, e};
   return Status()
-      .then([&] { return prepare(p, records, {}, stream); })
-      .then([&] { return scan_maps(p, records, w.pieces, whole ? m : w.m, whole ? e : w.e, stream); })
-      .then([&] { return whole ? cudaSuccess : join_maps(p, w.pieces, w.m, w.e, m, e, stream); })
+      .then([&] { return prepare(p, r.all, {}, stream); })
+      .then([&] { return scan_maps(p, r.all, maps, stream); })
+      .then([&] { return maps.pieces > 1 ? join_maps(p, maps, m, e, stream) : cudaSuccess; })
       .error();
 }
 
 cudaError_t backward_map(const Problem& p, void* records, const std::uint16_t* d_o, float* e, cudaStream_t stream) {
-  const Pace pace = pace_of(p, records, true);
-  const ReverseScan scan{.records = records, .d_o = d_o, .dstate_in = e, .ready = pace.ready};
+  const Records r(records, p);
+  const Pace pace = pace_of(p, r, true);
+  const ReverseScan scan{.records = r.all, .d_o = d_o, .dstate_in = e, .ready = pace.ready};
   return Status()
-      .then([&] { return prepare(p, records, pace, stream); })
+      .then([&] { return prepare(p, r.all, pace, stream); })
       .then([&] { return scan_reverse(p, scan, stream); })
       .error();
 }

@@ -11,6 +11,8 @@
 
 #include "kernels/cuda/kda_kernels.h"
 
+#include <cuda.h>
+
 #include <cuda_bf16.h>
 
 namespace deltapipe::kernels::cuda::kda {
@@ -23,20 +25,23 @@ inline constexpr float ln2 = 0.6931471805599453f;
 /// 108.2.
 inline constexpr float range_limit = 109.0f;
 
-/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16, row-major, with the 16-byte pieces of row
-/// r at position p stored at p ^ (r % 8): a plain bulk copy then lands in shared memory free of bank conflicts.
+/// One chunk of one head as the scans read it: byte offsets. Tiles are bf16 in panels of 64 columns, one after the
+/// other, row-major, with the 16-byte pieces of row r at position p stored at p ^ (r % 8): what wgmma calls a 128-byte
+/// swizzle, so that a plain bulk copy lands in shared memory as its right operand.
 template <int K>
 struct Record {
+  static constexpr int panel = chunk_tokens * 128;
   static constexpr int tile = chunk_tokens * K * 2;
-  static constexpr int square = chunk_tokens * chunk_tokens * 2;
-  static constexpr int nbg = 0;               // [64, K]  -beta k exp(G)
-  static constexpr int kg = tile;             // [64, K]  k exp(G_end - G)
-  static constexpr int a = 2 * tile;          // [64, 64] (I + M)^-1, blocks above the diagonal unspecified
-  static constexpr int decay = a + square;    // [K] fp32 exp(G_end)
-  static constexpr int beta = decay + 4 * K;  // [64] fp32
-  static constexpr int state_bytes = beta + 4 * chunk_tokens;  // what the state's own chain needs ends here
-  static constexpr int qg = 0;                                 // after state_bytes: [64, K] scale q exp(G)
-  static constexpr int aqk = tile;                             // [64, 64], blocks above the diagonal unspecified
+  static constexpr int square = panel;
+  static constexpr int nbg = 0;                                          // [64, K]  -beta k exp(G)
+  static constexpr int kg = tile;                                        // [64, K]  k exp(G_end - G)
+  static constexpr int a = 2 * tile;                                     // [64, 64] (I + M)^-1
+  static constexpr int decay = a + square;                               // [K] fp32 exp(G_end)
+  static constexpr int beta = decay + 4 * K;                             // [64] fp32
+  static constexpr int state_bytes = beta + 4 * chunk_tokens;            // what the state's own chain needs ends here
+  static constexpr int state_room = (state_bytes + 1023) / 1024 * 1024;  // in shared memory: operands begin at 1,024s
+  static constexpr int qg = 0;                                           // after state_bytes: [64, K] scale q exp(G)
+  static constexpr int aqk = tile;                                       // [64, 64] causal
   static constexpr int output_bytes = tile + square;
   static constexpr int bytes = state_bytes + output_bytes;
 };
@@ -48,6 +53,9 @@ inline int processors() {
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 }
+
+/// Boxes of [64 tokens, 64 columns] of a bf16 tensor [S, L, H, K], for load_box and store_box.
+cudaError_t box_map(CUtensorMap* map, const Problem& p, const std::uint16_t* tensor);
 
 // ---------------------------------------------------------------- instructions
 
@@ -79,10 +87,10 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], 
                : "r"(address)
                : "memory");
 }
-__device__ __forceinline__ std::uint32_t transpose_matrix(std::uint32_t x) {
-  std::uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
+__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address, const std::uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 /// d [16, 8] += a [16, 16] b [16, 8], bf16 operands.
 __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -141,6 +149,51 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+/// Which block of its cluster this is.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// All threads of the cluster's blocks that have not ended; what each wrote before, the others see after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+/// Arrives at the barrier in the same place of a block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(std::uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+/// A box of a tensor (box_map) at a column and token into swizzled shared memory; completes on `barrier` with all
+/// of the box's bytes, zeros where it lies outside.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& from, int column, int token, int head,
+                                         int segment, std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(to)),
+      "l"(&from), "r"(column), "r"(token), "r"(head), "r"(segment), "r"(shared_address(barrier))
+      : "memory");
+}
+/// The way back, of what lies inside; part of the thread's next group.
+__device__ __forceinline__ void store_box(const CUtensorMap& to, int column, int token, int head, int segment,
+                                          const void* from) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&to),
+               "r"(column), "r"(token), "r"(head), "r"(segment), "r"(shared_address(from))
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/// Until the thread's groups of stores have read shared memory; until they have ended.
+__device__ __forceinline__ void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 /// Waits for the thread's own reads and writes of shared memory, and orders them, and what barriers have ordered before
 /// them, with bulk copies issued after it. No barrier does: one may be passed with loads in flight, and a bulk copy
 /// that it sets off can overtake them.
@@ -195,7 +248,8 @@ __device__ __forceinline__ int anew(int x) {
 
 // ---------------------------------------------------------------- tiles
 
-/// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide.
+/// Byte offset of the 16-byte piece `piece` of row `row` in a swizzled tile whose rows are `width` bf16 wide: the tiles
+/// that stay in shared memory, without panels.
 template <int width>
 __device__ __forceinline__ int piece_offset(int row, int piece) {
   return row * (2 * width) + ((piece ^ (row & 7)) << 4);

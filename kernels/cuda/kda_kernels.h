@@ -35,7 +35,7 @@ struct Gradients {
 bool supports(int head_dim);
 
 /// Bytes of the records that every call below prepares from its inputs, or takes as an earlier call on the same inputs
-/// left them: `prepared` tells which.
+/// left them: `prepared` tells which. A forward that finds them prepared finds them so by segment_map.
 std::size_t records_bytes(const Problem& p);
 
 /// state_in, state_out [S, H, K, V], may be null.
@@ -47,9 +47,8 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
                      const float* dstate_out, const Gradients& gradients, float* dstate_in, void* workspace,
                      cudaStream_t stream);
 
-std::size_t map_workspace(const Problem& p);
 /// m [S, H, K, K], e [S, H, K, V].
-cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, void* workspace, cudaStream_t stream);
+cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, cudaStream_t stream);
 /// e [S, H, K, V].
 cudaError_t backward_map(const Problem& p, void* records, const std::uint16_t* d_o, float* e, cudaStream_t stream);
 
@@ -79,16 +78,25 @@ struct ForwardScan {
   std::uint16_t* states = nullptr;  // per chunk: incoming state, [V, K] in 8x8 tiles
   std::uint16_t* v_new = nullptr;   // per chunk: [V, 64] in 8x8 tiles
   const int* ready = nullptr;       // of the prepare queued just before, which may still run
+  // Pieces of the segments, scanned side by side; state_in is [pieces, S, H, K, V] then.
+  int pieces = 1;
+  float* m = nullptr;  // of scan_maps alone, whose state_out is e: [pieces, S, H, ...]
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 
-/// Maps of segments, cut into `pieces` runs of chunks so that few heads fill the device: of every piece, then of the
-/// segments. piece_m [pieces, S, H, K, K] and piece_e [pieces, S, H, K, V] are m and e where there is one piece.
+/// Maps of segments, cut into runs of chunks so that few heads fill the device: of every piece, then of the segments;
+/// and the state that comes into each piece, with which a forward scan can walk all pieces at once.
+struct PieceMaps {
+  int pieces;
+  float* m;  // [pieces, S, H, K, K]
+  float* e;  // [pieces, S, H, K, V]
+};
 int map_pieces(const Problem& p);
-cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
-                      cudaStream_t stream);
-cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
-                      cudaStream_t stream);
+cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream);
+cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream);
+/// states [pieces, S, H, K, V]; state_in may be null.
+cudaError_t piece_states(const Problem& p, const PieceMaps& maps, const float* state_in, float* states,
+                         cudaStream_t stream);
 
 /// Reverse scan of the state's gradient.
 struct ReverseScan {

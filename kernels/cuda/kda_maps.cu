@@ -1,134 +1,10 @@
-// Maps (M, E) of segments, and their products.
-//
-// The scan of maps: the state's columns, with values as in the forward scan, end as E; columns that begin as the
-// identity, without values, end as M. A block of threads owns all columns of one of the two, of one head and one piece
-// of the segment, a warp 16 of them, as a chain of kda_scan.cu; its two chains a quarter of the multiprocessor hide
-// each other's latency, and a record is read twice a piece, not once every 64 columns. Pieces are runs of chunks whose
-// maps are joined in fp32: the more heads, the fewer.
-#include "kernels/cuda/kda_scan.cuh"
+// Maps (M, E) of segments, and their products. The scan of a map's pieces is in kda_scan.cu: the state's columns, with
+// values as in the forward scan, end as E; columns that begin as the identity, without values, end as M. Pieces are
+// runs of chunks whose maps are joined here, in fp32: the more heads, the fewer.
+#include "kernels/cuda/kda_common.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
-
-template <int K>
-struct Shared {
-  static constexpr int warps = K / slice, stages = 3;
-  std::uint8_t state[stages][Record<K>::state_bytes];
-  std::uint8_t values[warps][values_ahead][slice_bytes];
-  std::uint64_t full[stages], empty[stages];
-};
-
-struct MapScan {
-  const void* records;
-  float *m, *e;
-  int pieces;
-};
-
-/// A warp's 16 columns over `chunks` chunks from chunk `begin`: of M, or of E.
-template <int K, bool is_m>
-__device__ __forceinline__ void walk(const Problem& p, Shared<K>& s, int head, int begin, int chunks, int warp,
-                                     int lane, float* out) {
-  const int first = warp * slice;
-  const std::size_t row = static_cast<std::size_t>(p.heads) * K;
-  const std::uint16_t* values =
-      p.v + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
-  const auto fetch = [&](int c) {
-    fetch_slice(s.values[warp][c % values_ahead], values, row, begin + c, p.length, c < chunks, lane);
-  };
-  float state[K / 8][4];
-  clear(state);
-  if constexpr (is_m) {
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (8 * n + lane % 4 * 2 + (e & 1) == first + lane / 4 + (e & 2) * 4) state[n][e] = 1.0f;
-      }
-    }
-  } else {
-    for (int c = 0; c < values_ahead - 1; ++c) fetch(c);
-  }
-  Ring<Shared<K>::stages> at;
-  for (int c = 0; c < chunks; ++c) {
-    if constexpr (!is_m) {
-      fetch(c + values_ahead - 1);
-      copy_async_wait<values_ahead - 1>();
-      __syncwarp();
-    }
-    barrier_wait(&s.full[at.stage], at.phase);
-    const std::uint8_t* record = s.state[at.stage];
-    const std::uint32_t tile = shared_address(record);
-    // rhs = beta v - (beta k exp(G)) S, transposed
-    float rhs[8][4];
-    if constexpr (is_m) {
-      clear(rhs);
-    } else {
-      weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[warp][c % values_ahead],
-                   lane);
-    }
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, state[2 * n], state[2 * n + 1]);
-      multiply_transposed<K>(rhs, a, tile + Record<K>::nbg, 16 * n, 0, lane);
-    }
-    // v_new = A rhs
-    float v_new[8][4];
-    clear(v_new);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, rhs[2 * n], rhs[2 * n + 1]);
-      multiply_transposed<chunk_tokens>(v_new, a, tile + Record<K>::a, 16 * n, n, lane);
-    }
-    // S = exp(G_end) S + kg^T v_new
-    scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
-      multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
-    }
-    fence_async();
-    release(&s.empty[at.stage], lane);
-    at.next();
-  }
-  copy_async_wait<0>();
-  store_state<K>(state, out, K, first, lane);
-}
-
-template <int K>
-__global__ void __launch_bounds__(2 * K + 32, 1)
-    map_kernel(const __grid_constant__ Problem p, const __grid_constant__ MapScan io, int chunks) {
-  extern __shared__ __align__(1024) std::uint8_t memory[];
-  auto& s = *reinterpret_cast<Shared<K>*>(memory);
-  constexpr int warps = Shared<K>::warps;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool is_m = blockIdx.x % 2 == 0;
-  const int index = blockIdx.x / 2, heads = p.segments * p.heads, head = index % heads, piece = index / heads;
-  const int begin = chunks * piece / io.pieces, count = chunks * (piece + 1) / io.pieces - begin;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared<K>::stages; ++i) {
-      barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], warps);
-    }
-    barrier_fence_init();
-  }
-  __syncthreads();
-  if (warp == warps) {
-    const std::size_t slot = static_cast<std::size_t>(head) * chunks + begin;
-    produce<Shared<K>::stages, Record<K>::state_bytes>(
-        s.state, s.full, s.empty, static_cast<const std::uint8_t*>(io.records) + slot * Record<K>::bytes,
-        Record<K>::bytes, count, nullptr, lane);
-    return;
-  }
-  const std::size_t out = static_cast<std::size_t>(index) * K * K;
-  if (is_m) {
-    walk<K, true>(p, s, head, begin, count, warp, lane, io.m + out);
-  } else {
-    walk<K, false>(p, s, head, begin, count, warp, lane, io.e + out);
-  }
-}
 
 constexpr int join_columns = 32, join_threads = 512;
 
@@ -138,28 +14,36 @@ struct JoinShared {
   float x[K][join_columns];
 };
 
-/// A block owns 32 columns of a head's [M | E] and takes them through one piece after another.
-template <int K>
+/// A block owns 32 columns of a head's [M | E] and takes them through one piece after another; or 32 columns of its
+/// state, and writes what comes into each piece.
+template <int K, bool states>
 __global__ void __launch_bounds__(join_threads)
-    join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, float* m, float* e) {
+    join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, const float* state_in, float* m,
+                float* e) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
-  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads;
+  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads, all = states ? parts : 2 * parts;
   const int column = threadIdx.x % join_columns, first = threadIdx.x / join_columns * rows;
-  const int head = blockIdx.x / (2 * parts), part = blockIdx.x % (2 * parts);
-  const bool is_m = part < parts;
+  const int head = blockIdx.x / all, part = blockIdx.x % all;
+  const bool is_m = !states && part < parts;
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
-  const float* begin = is_m ? piece_m : piece_e;
+  const float* begin = states ? state_in : is_m ? piece_m : piece_e;
+  wait_for_previous_kernel();
   float x[rows];
 #pragma unroll
-  for (int r = 0; r < rows; ++r) x[r] = begin[own + (first + r) * K];
-  for (int piece = 1; piece < pieces; ++piece) {
+  for (int r = 0; r < rows; ++r) x[r] = begin != nullptr ? begin[own + (first + r) * K] : 0.0f;
+  for (int i = 1; i < pieces; ++i) {
+    const int piece = states ? i - 1 : i;
+    if constexpr (states) {
+#pragma unroll
+      for (int r = 0; r < rows; ++r) e[piece * piece_size + own + (first + r) * K] = x[r];
+    }
     __syncthreads();
     const auto* from = reinterpret_cast<const float4*>(piece_m + piece * piece_size + at);
     auto* to = reinterpret_cast<float4*>(s.m);
 #pragma unroll
-    for (int i = threadIdx.x; i < K * K / 4; i += join_threads) to[i] = from[i];
+    for (int k = threadIdx.x; k < K * K / 4; k += join_threads) to[k] = from[k];
 #pragma unroll
     for (int r = 0; r < rows; ++r) s.x[first + r][column] = x[r];
     __syncthreads();
@@ -174,26 +58,31 @@ __global__ void __launch_bounds__(join_threads)
       }
     }
   }
-  float* out = is_m ? m : e;
+  float* out = states ? e + (pieces - 1) * piece_size : is_m ? m : e;
 #pragma unroll
   for (int r = 0; r < rows; ++r) out[own + (first + r) * K] = x[r];
 }
 
-template <int K>
-cudaError_t scan_of(const Problem& p, const MapScan& s, cudaStream_t stream) {
-  return launch(map_kernel<K>, 2 * p.segments * p.heads * s.pieces, 2 * K + 32, sizeof(Shared<K>), false, stream, p, s);
-}
-
-template <int K>
-cudaError_t join_of(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
+template <int K, bool states>
+cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_in, float* m, float* e,
                     cudaStream_t stream) {
-  const cudaError_t set = cudaFuncSetAttribute(join_kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const auto kernel = join_kernel<K, states>;
+  const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
-  const int heads = p.segments * p.heads;
-  join_kernel<K><<<static_cast<unsigned>(heads * 2 * K / join_columns), join_threads, sizeof(JoinShared<K>), stream>>>(
-      heads, pieces, piece_m, piece_e, m, e);
-  return cudaGetLastError();
+  const int heads = p.segments * p.heads, parts = (states ? 1 : 2) * K / join_columns;
+  cudaLaunchAttribute attribute = {};  // its start meets the end of the kernel before
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(heads * parts));
+  config.blockDim = dim3(join_threads);
+  config.dynamicSmemBytes = sizeof(JoinShared<K>);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, heads, maps.pieces, static_cast<const float*>(maps.m),
+                            static_cast<const float*>(maps.e), state_in, m, e);
 }
 
 constexpr int product_tile = 32;
@@ -244,16 +133,15 @@ int map_pieces(const Problem& p) {
   return pieces < 1 ? 1 : pieces > 8 ? 8 : pieces;
 }
 
-cudaError_t scan_maps(const Problem& p, const void* records, int pieces, float* piece_m, float* piece_e,
-                      cudaStream_t stream) {
-  const MapScan scan{records, piece_m, piece_e, pieces};
-  return p.head_dim == 128 ? scan_of<128>(p, scan, stream) : scan_of<64>(p, scan, stream);
+cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream) {
+  return p.head_dim == 128 ? join_of<128, false>(p, maps, nullptr, m, e, stream)
+                           : join_of<64, false>(p, maps, nullptr, m, e, stream);
 }
 
-cudaError_t join_maps(const Problem& p, int pieces, const float* piece_m, const float* piece_e, float* m, float* e,
-                      cudaStream_t stream) {
-  return p.head_dim == 128 ? join_of<128>(p, pieces, piece_m, piece_e, m, e, stream)
-                           : join_of<64>(p, pieces, piece_m, piece_e, m, e, stream);
+cudaError_t piece_states(const Problem& p, const PieceMaps& maps, const float* state_in, float* states,
+                         cudaStream_t stream) {
+  return p.head_dim == 128 ? join_of<128, true>(p, maps, state_in, nullptr, states, stream)
+                           : join_of<64, true>(p, maps, state_in, nullptr, states, stream);
 }
 
 cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool transpose, const float* b, const float* c,

@@ -90,6 +90,8 @@ __device__ __forceinline__ void build(Shared<K>& s, const Share<K>& own, const f
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int in_block = piece_offset<K>(i, own.pair / 4) + own.pair % 4 * 4, to = in_block + own.block * 32 * K;
+    // in a panel, rows are 128 bytes apart
+    const int out_to = in_block + own.block * 2048 - i * (2 * K - 128) + own.pair / 32 * (Record<K>::panel - 128);
     const std::uint32_t qw = *reinterpret_cast<const std::uint32_t*>(s.q + to);
     const std::uint32_t kw = *reinterpret_cast<const std::uint32_t*>(s.k + to);
     const float4 row = s.tokens.row[own.block * 16 + i];
@@ -108,9 +110,9 @@ __device__ __forceinline__ void build(Shared<K>& s, const Share<K>& own, const f
     *reinterpret_cast<std::uint32_t*>(s.k + to) = pack(b.x, b.y);
     *reinterpret_cast<std::uint32_t*>(s.f + to) = pack(t.x, t.y);
     *reinterpret_cast<std::uint32_t*>(s.own_key + to) = pack(k.x * back.x, k.y * back.y);
-    *reinterpret_cast<std::uint32_t*>(outputs + Record<K>::qg + to) = pack(q.x * head.x, q.y * head.y);
-    *reinterpret_cast<std::uint32_t*>(record + Record<K>::nbg + to) = pack(b.x * head.x, b.y * head.y);
-    *reinterpret_cast<std::uint32_t*>(record + Record<K>::kg + to) = pack(t.x * rear.x, t.y * rear.y);
+    *reinterpret_cast<std::uint32_t*>(outputs + Record<K>::qg + out_to) = pack(q.x * head.x, q.y * head.y);
+    *reinterpret_cast<std::uint32_t*>(record + Record<K>::nbg + out_to) = pack(b.x * head.x, b.y * head.y);
+    *reinterpret_cast<std::uint32_t*>(record + Record<K>::kg + out_to) = pack(t.x * rear.x, t.y * rear.y);
     if (own.block == 3) {
       *reinterpret_cast<std::uint32_t*>(s.far_q + in_block) = pack(q.x * far.x, q.y * far.y);
       *reinterpret_cast<std::uint32_t*>(s.far_k + in_block) = pack(b.x * far.x, b.y * far.y);
@@ -405,7 +407,7 @@ __global__ void __launch_bounds__(2 * K * groups<K>, 1)
       const bool is_q = task < 4;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (j > i || (j == i && s.tokens.exact[i])) break;
+        if ((j > i && !is_q) || (j == i && s.tokens.exact[i])) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -436,10 +438,12 @@ __global__ void __launch_bounds__(2 * K * groups<K>, 1)
     invert<K>(s, thread, barrier);
     for (int task = thread; task < 512; task += threads) {
       const int r = task / 8, piece = task % 8;
-      if (piece / 2 > r / 16) continue;
-      const float4 x = quad(s.l + r * square_row + piece * 8), y = quad(s.l + r * square_row + piece * 8 + 4);
-      *reinterpret_cast<uint4*>(record + Record<K>::a + piece_offset<chunk_tokens>(r, piece)) = {
-          pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)};
+      uint4 packed = {};  // above the diagonal
+      if (piece / 2 <= r / 16) {
+        const float4 x = quad(s.l + r * square_row + piece * 8), y = quad(s.l + r * square_row + piece * 8 + 4);
+        packed = {pack(x.x, x.y), pack(x.z, x.w), pack(y.x, y.y), pack(y.z, y.w)};
+      }
+      *reinterpret_cast<uint4*>(record + Record<K>::a + piece_offset<chunk_tokens>(r, piece)) = packed;
     }
     if (!more) break;
   }

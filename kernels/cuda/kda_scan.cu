@@ -1,381 +1,429 @@
-// The scans over chunks, for many heads. The V columns of a state are independent given a chunk's record, so a block of
-// threads owns 64 columns of one head and walks all its chunks. A "chain" warp holds 16 columns of the state,
-// transposed, as tensor core accumulators: every product's result is, repacked, the left operand of the next, and
-// nothing but the records passes through shared memory. A second warp a chain does what is not on the chain: outputs or
-// stores forward, the products of d_o in reverse. Two producer threads keep the records coming by bulk copies.
+// The scans over chunks. The V columns of a state are independent given a chunk's record: four warps hold 64 columns of
+// the state, transposed, as accumulators of wgmma; every product's sums are, rounded, the left operand of the next, and
+// right operands are the records' tiles as they arrive. A block of threads owns a head and walks all its chunks, or the
+// chunks of a piece for a map's half; its groups of four warps fill each other's waits. Further warps keep records and
+// values coming and store outputs.
+//
+// A chunk's time is that of its chain of three products, each of which waits for the one before. What is not on the
+// chain (outputs; in reverse what d_o contributes) is queued behind the chain's products, in halves where that fits the
+// waits: the tensor cores work on it while sums are rounded. Few multiprocessors are busy with it, so that the others
+// can prepare records (Pace).
 #include "kernels/cuda/kda_scan.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-constexpr int chains = 4;
+enum class Mode { outputs, states, maps };
 
-template <int K, Mode mode>
-struct ForwardShared {
-  static constexpr int readers = chains;
-  static constexpr bool outputs = mode == Mode::outputs;
-  static constexpr int state_stages = 3, output_stages = !outputs ? 1 : K == 64 ? 4 : 2;
-  std::uint8_t state[state_stages][Record<K>::state_bytes];
-  std::uint8_t output[output_stages][outputs ? Record<K>::output_bytes : 16];
-  std::uint8_t values[chains][values_ahead][slice_bytes];
-  uint4 handed[chains][K / 16 + 4][32];  // operands of the state and of v_new
+/// Behind the warps that hold the state: producers of a record's two parts and of values, and who stores outputs.
+enum Role { state_producer, output_producer, value_producer, output_storer, roles };
+template <int groups>
+constexpr int threads = (groups * group_warps + roles) * 32;
+
+template <int K, int groups, bool with_outputs, int cluster>
+struct Shared {
+  static constexpr int blocks = cluster;
+  static constexpr int readers = groups * group_warps;
+  static constexpr int state_stages = 3, output_stages = !with_outputs ? 1 : groups == 1 ? 3 : 2;
+  std::uint8_t state[state_stages][Record<K>::state_room];
+  std::uint8_t output[output_stages][with_outputs ? Record<K>::output_bytes : 1024];
+  std::uint8_t values[value_stages][groups * panel_bytes];
+  std::uint8_t o[with_outputs ? groups : 1][panel_bytes];
   std::uint64_t state_full[state_stages], state_empty[state_stages];
   std::uint64_t output_full[output_stages], output_empty[output_stages];
+  std::uint64_t values_full[value_stages], values_empty[value_stages];
+  std::uint64_t o_full, o_empty, in_step[2];
+};
+static_assert(Record<128>::output_bytes % 1024 == 0 && sizeof(Shared<128, 1, true, 1>) <= 232448 &&
+              sizeof(Shared<128, 2, true, 1>) <= 232448);
+
+/// Which of a head's blocks a block is: of `groups` times 64 columns each.
+template <int K, int groups>
+struct Part {
+  int head, column;
+  __device__ __forceinline__ explicit Part(int index)
+      : head(index / (K / 64 / groups)), column(index % (K / 64 / groups) * (groups * 64)) {}
 };
 
-template <int K>
-struct ReverseShared {
-  static constexpr int readers = chains;
-  static constexpr int state_stages = K == 64 ? 3 : 2, output_stages = 2;
-  std::uint8_t state[state_stages][Record<K>::state_bytes];
-  std::uint8_t output[output_stages][Record<K>::output_bytes];
-  std::uint8_t values[chains][values_ahead][slice_bytes];
-  float4 handed[chains][8 + K / 8][32];  // d_o^T Aqk and d_o^T qg
-  std::uint64_t state_full[state_stages], state_empty[state_stages];
-  std::uint64_t output_full[output_stages], output_empty[output_stages];
-};
+/// Groups of four warps share the registers: where they are three, unevenly.
+template <int groups, bool more>
+__device__ __forceinline__ void share_registers() {
+  if constexpr (groups == 2) set_registers<more, more ? 232 : 40>();
+}
 
-constexpr int forward_threads = (2 * chains + 2) * 32;  // the last two warps are producers
-
-template <int K, Mode mode>
-__global__ void __launch_bounds__(forward_threads, 1)
-    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io, int chunks) {
+template <int K, int groups, Mode mode>
+__global__ void __launch_bounds__(threads<groups>, 1)
+    forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io,
+                   const __grid_constant__ Tensors tensors, int all_chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using Shared = ForwardShared<K, mode>;
-  auto& s = *reinterpret_cast<Shared*>(memory);
+  constexpr bool outputs = mode == Mode::outputs, maps = mode == Mode::maps;
+  using S = Shared<K, groups, outputs, maps ? 2 : 1>;
+  auto& s = *reinterpret_cast<S*>(memory);
+  constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr int slices = K / (slice * chains);
-  const int head = blockIdx.x / slices;
-  const int pair = warp % chains, first = (blockIdx.x % slices * chains + pair) * slice;
-  const std::uint8_t* records =
-      static_cast<const std::uint8_t*>(io.records) + static_cast<std::size_t>(head) * chunks * Record<K>::bytes;
-  const std::size_t row = static_cast<std::size_t>(p.heads) * K;
-  const std::size_t tokens = (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K;
-  const int full = 1 + 2 * pair, empty = full + 1;  // named barriers between a chain and its helper
+  // Blocks of all heads, of all pieces; of maps, M's and E's by turns.
+  const int heads = p.segments * p.heads, parts = heads * (panels / groups);
+  const int index = maps ? blockIdx.x / 2 : blockIdx.x, piece = index / parts;
+  const Part<K, groups> part(index % parts);
+  const int head = part.head;
+  const bool valueless = maps && blockIdx.x % 2 == 0;
+  const int begin = all_chunks * piece / io.pieces, chunks = all_chunks * (piece + 1) / io.pieces - begin;
+  const std::size_t first_slot = static_cast<std::size_t>(head) * all_chunks + begin;
   init_barriers(s);
+  if (io.ready == nullptr) wait_for_previous_kernel();
 
-  if (warp >= 2 * chains) {
-    if (warp == 2 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
-                                                            Record<K>::bytes, chunks, nullptr, lane);
-    } else if constexpr (mode == Mode::outputs) {
-      produce<Shared::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
+  if (warp >= groups * group_warps) {
+    share_registers<groups, false>();
+    const int role = warp - groups * group_warps, segment = head / p.heads, of_segment = head % p.heads;
+    const int* ready = io.ready == nullptr ? nullptr : io.ready + first_slot;
+    const std::uint8_t* records = static_cast<const std::uint8_t*>(io.records) + first_slot * Record<K>::bytes;
+    if (role == state_producer) {
+      produce<S::blocks, S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, records,
+                                                                  Record<K>::bytes, chunks, ready, lane, s.in_step);
+    } else if (role == value_producer) {
+      if (lane == 0 && !valueless) {
+        produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, of_segment,
+                               segment, begin, 1, chunks);
+      }
+    } else if constexpr (outputs) {
+      if (role == output_producer) {
+        produce<1, S::output_stages, Record<K>::output_bytes>(s.output, s.output_full, s.output_empty,
                                                               records + Record<K>::state_bytes, Record<K>::bytes,
-                                                              chunks, nullptr, lane);
-    }
-    return;
-  }
-  if (warp >= chains) {  // helper
-    Ring<Shared::output_stages> at;
-    for (int c = 0; c < chunks; ++c) {
-      std::uint32_t state[K / 16][4], v_new[4][4];
-      group_sync<64>(full);
+                                                              chunks, ready, lane);
+      } else if (lane == 0) {
+        for (int c = 0; c < chunks; ++c) {
+          barrier_wait(&s.o_full, c & 1);
+          fence_async();
 #pragma unroll
-      for (int n = 0; n < K / 16 + 4; ++n) {
-        const uint4 x = s.handed[pair][n][lane];
-        std::uint32_t(&to)[4] = n < K / 16 ? state[n < K / 16 ? n : 0] : v_new[n < K / 16 ? 0 : n - K / 16];
-        to[0] = x.x;
-        to[1] = x.y;
-        to[2] = x.z;
-        to[3] = x.w;
-      }
-      if (c + 1 < chunks) group_arrive<64>(empty);
-      if constexpr (mode == Mode::states) {
-        const std::size_t slot = static_cast<std::size_t>(head) * chunks + c;
-#pragma unroll
-        for (int n = 0; n < K / 16; ++n) store_tiles(io.states + slot * K * K, state[n], first, K / 8, n, lane);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) store_tiles(io.v_new + slot * K * chunk_tokens, v_new[n], first, 8, n, lane);
-      } else {
-        barrier_wait(&s.output_full[at.stage], at.phase);
-        const std::uint32_t tile = shared_address(s.output[at.stage]);
-        float o[8][4];
-        clear(o);
-#pragma unroll
-        for (int n = 0; n < K / 16; ++n) {
-          multiply_transposed<K>(o, state[n], tile + Record<K>::qg, 16 * n, 0, lane);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          multiply_transposed<chunk_tokens>(o, v_new[n], tile + Record<K>::aqk, 16 * n, n, lane);
-        }
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const std::uint32_t x = transpose_matrix(pack(o[n][0], o[n][1])),
-                              y = transpose_matrix(pack(o[n][2], o[n][3]));
-          const int token = c * chunk_tokens + 8 * n + lane / 4;
-          if (token < p.length) {
-            auto* to = reinterpret_cast<std::uint32_t*>(io.o + tokens + token * row + first) + lane % 4;
-            to[0] = x;
-            to[4] = y;
+          for (int n = 0; n < groups; ++n) {
+            store_box(tensors.o, part.column + 64 * n, (begin + c) * chunk_tokens, of_segment, segment, s.o[n]);
           }
+          store_commit();
+          store_wait_read();
+          barrier_arrive(&s.o_empty);
         }
-        release(&s.output_empty[at.stage], lane);
-        at.next();
+        store_wait();
       }
     }
     return;
   }
 
-  // chain
-  float state[K / 8][4];
-  if (io.state_in != nullptr) {
-    load_state<K>(state, io.state_in + static_cast<std::size_t>(head) * K * K, K, first, lane);
+  share_registers<groups, true>();
+  const int group = warp / group_warps, first = part.column + warp * slice;
+  float state[K / 8][4], sum[8][4], o[8][4] = {};
+  std::uint32_t from[operands][4], values[4][4] = {};
+  if (!maps && io.state_in != nullptr) {
+    load_state<K>(state, io.state_in + (static_cast<std::size_t>(piece) * heads + head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
-  const std::uint16_t* values = p.v + tokens + first;
-  for (int c = 0; c < values_ahead - 1; ++c) {
-    fetch_slice(s.values[pair][c], values, row, c, p.length, c < chunks, lane);
+  if (valueless) {
+#pragma unroll
+    for (int n = 0; n < K / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (8 * n + lane % 4 * 2 + (e & 1) == first + lane / 4 + (e & 2) * 4) state[n][e] = 1.0f;
+      }
+    }
   }
-  Ring<Shared::state_stages> at;
-  Ring<values_ahead> now;
+  as_operands<operands>(from, state);
+  // Beyond the last chunk values are what is there: products stand outside of all branches, or the compiler would not
+  // let them overlap.
+  const auto begin_chunk = [&](int c, const Ring<S::state_stages>& at, const Ring<value_stages>& values_at) {
+    if (c < chunks) {
+      if (!valueless) barrier_wait(&s.values_full[values_at.stage], values_at.phase);
+      barrier_wait(&s.state_full[at.stage], at.phase);
+    }
+    if (!valueless) {
+      const std::uint32_t from_values =
+          values_address(shared_address(s.values[values_at.stage]) + group * panel_bytes, warp % group_warps, lane);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) load_matrices_transposed(values[n], from_values + n * 2048);
+    }
+  };
+  // a chunk's outputs to who stores them
+  const auto hand_over = [&](int c, const std::uint32_t(&a)[4][4]) {
+    if (c > 0) barrier_wait(&s.o_empty, (c - 1) & 1);
+    const std::uint32_t to = values_address(shared_address(s.o[group]), warp % group_warps, lane);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) store_matrices_transposed(to + n * 2048, a[n]);
+    release(&s.o_full, lane);
+  };
+  Ring<S::state_stages> at;
+  Ring<S::output_stages> out_at;
+  Ring<value_stages> values_at;
+  begin_chunk(0, at, values_at);
   for (int c = 0; c < chunks; ++c) {
-    {
-      const int ahead = c + values_ahead - 1;
-      fetch_slice(s.values[pair][ahead % values_ahead], values, row, ahead, p.length, ahead < chunks, lane);
-    }
-    std::uint32_t operand[K / 16][4];
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) as_operand(operand[n], state[2 * n], state[2 * n + 1]);
-    if (c > 0) group_sync<64>(empty);
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      s.handed[pair][n][lane] = {operand[n][0], operand[n][1], operand[n][2], operand[n][3]};
-    }
-    if (c > 0) release(&s.state_empty[at.previous()], lane);
-    copy_async_wait<values_ahead - 1>();
-    __syncwarp();
-    barrier_wait(&s.state_full[at.stage], at.phase);
     const std::uint8_t* record = s.state[at.stage];
-    const std::uint32_t tile = shared_address(record);
-
-    // rhs = beta v - (beta k exp(G)) S, transposed
-    float rhs[8][4];
-    weigh_values(rhs, reinterpret_cast<const float*>(record + Record<K>::beta), s.values[pair][now.stage], lane);
-    now.next();
-    const int again = anew(lane);
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) {
-      multiply_transposed<K>(rhs, operand[n], tile + Record<K>::nbg, 16 * n, 0, again);
-    }
-    // v_new = A rhs
-    float v_new[8][4];
-    clear(v_new);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, rhs[2 * n], rhs[2 * n + 1]);
-      multiply_transposed<chunk_tokens>(v_new, a, tile + Record<K>::a, 16 * n, n, lane);
-    }
-    // S = exp(G_end) S + kg^T v_new
+    const std::uint32_t tile = shared_address(record), output = shared_address(s.output[out_at.stage]);
+    const std::size_t slot = first_slot + c;
     scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, v_new[2 * n], v_new[2 * n + 1]);
-      s.handed[pair][K / 16 + n][lane] = {a[0], a[1], a[2], a[3]};
-      multiply_rows<K>(state, a, tile + Record<K>::kg, 16 * n, K / 16, lane);
+    // rhs = beta v - (beta k exp(G)) S
+    begin_products();
+    multiply_channels<K, 0, operands>(sum, from, tile + Record<K>::nbg, false);
+    end_group();
+    if constexpr (outputs) {
+      wait_for_groups<1>();  // done long since, but the compiler does not know
+      settle<8>(o);
+      std::uint32_t packed[4][4];
+      as_operands<4>(packed, o);
+      if (c > 0) hand_over(c - 1, packed);
+      barrier_wait(&s.output_full[out_at.stage], out_at.phase);
+      begin_products();
+      multiply_channels<K, 0, operands / 2>(o, from, output + Record<K>::qg, false);
+      end_group();
+    } else if constexpr (mode == Mode::states) {
+      store_tiles<operands>(io.states + slot * K * K, from, first, lane);
     }
-    group_arrive<64>(full);
+    wait_for_groups<outputs ? 1 : 0>();
+    settle<8>(sum);
+    // v_new = A rhs
+    std::uint32_t rhs[4][4], v_new[4][4];
+    add_values(sum, reinterpret_cast<const float*>(record + Record<K>::beta), values, lane);
+    as_operands<4>(rhs, sum);
+    begin_products();
+    multiply_square(sum, rhs, tile + Record<K>::a, false);
+    end_group();
+    if constexpr (outputs) {
+      multiply_channels<K, operands / 2, operands>(o, from, output + Record<K>::qg, true);
+      end_group();
+    }
+    wait_for_groups<outputs ? 1 : 0>();
+    settle<8>(sum);
+    if (!valueless) release(&s.values_empty[values_at.stage], lane);
+    values_at.next();
+    // S = exp(G_end) S + kg^T v_new
+    as_operands<4>(v_new, sum);
+    begin_products();
+#pragma unroll
+    for (int n = 0; n < panels; ++n) {
+      multiply_tokens(state + 8 * n, v_new, tile + Record<K>::kg + n * Record<K>::panel, true);
+      end_group();
+    }
+    if constexpr (outputs) {
+      multiply_square(o, v_new, output + Record<K>::aqk, true);
+      end_group();
+    } else if constexpr (mode == Mode::states) {
+      store_tiles<4>(io.v_new + slot * K * chunk_tokens, v_new, first, lane);
+    }
+    const int stage = at.stage;
     at.next();
+    begin_chunk(c + 1, at, values_at);
+    if constexpr (panels == 2) {
+      wait_for_groups<outputs ? 2 : 1>();
+      settle<8>(state);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) as_operand(from[n], state[2 * n], state[2 * n + 1]);
+    }
+    wait_for_groups<outputs ? 1 : 0>();
+    release(&s.state_empty[stage], lane);
+    settle<8>(state + 8 * (panels - 1));
+#pragma unroll
+    for (int n = operands - 4; n < operands; ++n) as_operand(from[n], state[2 * n], state[2 * n + 1]);
+    if constexpr (outputs) {
+      wait_for_groups<0>();
+      settle<8>(o);
+      release(&s.output_empty[out_at.stage], lane);
+      out_at.next();
+    }
   }
-  copy_async_wait<0>();
-  if (io.state_out != nullptr) {
+  if constexpr (outputs) {
+    std::uint32_t packed[4][4];
+    as_operands<4>(packed, o);
+    hand_over(chunks - 1, packed);
+  }
+  if constexpr (maps) {
+    store_state<K>(state, (valueless ? io.m : io.state_out) + static_cast<std::size_t>(index) * K * K, K, first, lane);
+  } else if (io.state_out != nullptr && piece == io.pieces - 1) {
     store_state<K>(state, io.state_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   }
+  wait_for_previous_kernel();
+  if constexpr (S::blocks > 1) cluster_sync();  // the other block may still arrive at this one's barriers
 }
 
-constexpr int reverse_threads =
-    (2 * chains + 4) * 32;  // three groups of four warps, which share the registers unevenly
-
-template <int K>
-__global__ void __launch_bounds__(reverse_threads, 1)
-    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io, int chunks) {
+template <int K, int groups>
+__global__ void __launch_bounds__(threads<groups>, 1)
+    reverse_kernel(const __grid_constant__ Problem p, const __grid_constant__ ReverseScan io,
+                   const __grid_constant__ Tensors tensors, int chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  using Shared = ReverseShared<K>;
-  auto& s = *reinterpret_cast<Shared*>(memory);
+  using S = Shared<K, groups, true, 1>;
+  auto& s = *reinterpret_cast<S*>(memory);
+  constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr int slices = K / (slice * chains);
-  const int head = blockIdx.x / slices, pair = warp % chains, first = (blockIdx.x % slices * chains + pair) * slice;
-  const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
-                                    (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
-  const int full = 1 + 2 * pair, empty = full + 1;
-  constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
+  const Part<K, groups> part(blockIdx.x);
+  const int head = part.head;
   init_barriers(s);
 
-  if (warp >= 2 * chains) {
-    set_registers<false, 40>();
-    if (warp > 2 * chains + 1) return;
-    if (warp == 2 * chains) {
-      produce<Shared::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
-                                                            chunks, nullptr, lane);
-    } else {
-      produce<Shared::output_stages, Record<K>::output_bytes>(
-          s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, nullptr, lane);
+  if (warp >= groups * group_warps) {
+    share_registers<groups, false>();
+    const int role = warp - groups * group_warps;
+    constexpr std::ptrdiff_t back = -static_cast<std::ptrdiff_t>(Record<K>::bytes);
+    const int* ready = io.ready == nullptr ? nullptr : io.ready + static_cast<std::size_t>(head) * chunks + chunks - 1;
+    const std::uint8_t* last_record = static_cast<const std::uint8_t*>(io.records) +
+                                      (static_cast<std::size_t>(head) * chunks + chunks - 1) * Record<K>::bytes;
+    if (role == state_producer) {
+      produce<1, S::state_stages, Record<K>::state_bytes>(s.state, s.state_full, s.state_empty, last_record, back,
+                                                          chunks, ready, lane);
+    } else if (role == output_producer) {
+      produce<1, S::output_stages, Record<K>::output_bytes>(
+          s.output, s.output_full, s.output_empty, last_record + Record<K>::state_bytes, back, chunks, ready, lane);
+    } else if (role == value_producer && lane == 0) {
+      produce_values<groups>(s.values, s.values_full, s.values_empty, tensors.values, part.column, head % p.heads,
+                             head / p.heads, chunks - 1, -1, chunks);
     }
-    return;
-  }
-  if (warp >= chains) {  // helper: what d_o contributes
-    set_registers<true, 208>();
-    const std::size_t row = static_cast<std::size_t>(p.heads) * K;
-    const std::uint16_t* d_o =
-        io.d_o + (static_cast<std::size_t>(head / p.heads) * p.length * p.heads + head % p.heads) * K + first;
-    for (int c = 0; c < values_ahead - 1; ++c) {
-      fetch_slice(s.values[pair][c], d_o, row, chunks - 1 - c, p.length, c < chunks, lane);
-    }
-    Ring<Shared::output_stages> at;
-    Ring<values_ahead> now;
-    for (int c = 0; c < chunks; ++c) {
-      const int ahead = c + values_ahead - 1;
-      fetch_slice(s.values[pair][ahead % values_ahead], d_o, row, chunks - 1 - ahead, p.length, ahead < chunks, lane);
-      copy_async_wait<values_ahead - 1>();
-      __syncwarp();
-      std::uint32_t a[4][4];
-      const std::uint32_t from =
-          shared_address(s.values[pair][now.stage]) + ((lane & 7) + (lane >> 4) * 8) * 32 + ((lane >> 3) & 1) * 16;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) load_matrices_transposed(a[n], from + n * 16 * 32);
-      now.next();
-      float by_pair[8][4], by_state[K / 8][4];
-      clear(by_pair);
-      clear(by_state);
-      barrier_wait(&s.output_full[at.stage], at.phase);
-      const std::uint32_t tile = shared_address(s.output[at.stage]);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        multiply_rows<chunk_tokens>(by_pair, a[n], tile + Record<K>::aqk, 16 * n, n + 1, lane);
-        multiply_rows<K>(by_state, a[n], tile + Record<K>::qg, 16 * n, K / 16, lane);
-      }
-      if (c > 0) group_sync<64>(empty);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        s.handed[pair][n][lane] = {by_pair[n][0], by_pair[n][1], by_pair[n][2], by_pair[n][3]};
-      }
-#pragma unroll
-      for (int n = 0; n < K / 8; ++n) {
-        s.handed[pair][8 + n][lane] = {by_state[n][0], by_state[n][1], by_state[n][2], by_state[n][3]};
-      }
-      group_arrive<64>(full);
-      release(&s.output_empty[at.stage], lane);
-      at.next();
-    }
-    copy_async_wait<0>();
     return;
   }
 
-  // chain
-  set_registers<true, 240>();
-  float state[K / 8][4];
+  share_registers<groups, true>();
+  const int group = warp / group_warps, first = part.column + warp * slice;
+  float state[K / 8][4], sum[8][4];
+  std::uint32_t from[operands][4], of_outputs[4][4];
   if (io.dstate_out != nullptr) {
     load_state<K>(state, io.dstate_out + static_cast<std::size_t>(head) * K * K, K, first, lane);
   } else {
     clear(state);
   }
-  Ring<Shared::state_stages> at;
+  as_operands<operands>(from, state);
+  const auto begin_chunk = [&](int c, const Ring<value_stages>& values_at) {
+    if (c < chunks) barrier_wait(&s.values_full[values_at.stage], values_at.phase);
+    const std::uint32_t values =
+        values_address(shared_address(s.values[values_at.stage]) + group * panel_bytes, warp % group_warps, lane);
+#pragma unroll
+    for (int n = 0; n < 4; ++n) load_matrices_transposed(of_outputs[n], values + n * 2048);
+  };
+  Ring<S::state_stages> at;
+  Ring<S::output_stages> out_at;
+  Ring<value_stages> values_at;
+  begin_chunk(0, values_at);
   for (int c = 0; c < chunks; ++c) {
     const std::size_t slot = static_cast<std::size_t>(head) * chunks + chunks - 1 - c;
-    std::uint32_t operand[K / 16][4];
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n) as_operand(operand[n], state[2 * n], state[2 * n + 1]);
-    if (io.dstates != nullptr) {
-#pragma unroll
-      for (int n = 0; n < K / 16; ++n) store_tiles(io.dstates + slot * K * K, operand[n], first, K / 8, n, lane);
-    } else {
-      fence_async();
-    }
-    if (c > 0) release(&s.state_empty[at.previous()], lane);
-    barrier_wait(&s.state_full[at.stage], at.phase);
     const std::uint8_t* record = s.state[at.stage];
-    const std::uint32_t tile = shared_address(record);
+    const std::uint32_t tile = shared_address(record), output = shared_address(s.output[out_at.stage]);
+    barrier_wait(&s.state_full[at.stage], at.phase);
+    barrier_wait(&s.output_full[out_at.stage], out_at.phase);
     scale_columns<K>(state, reinterpret_cast<const float*>(record + Record<K>::decay), lane);
-    // dv_new = Aqk^T d_o + kg dS, transposed
-    float dv[8][4];
-    clear(dv);
-#pragma unroll
-    for (int n = 0; n < K / 16; ++n)
-      multiply_transposed<K>(dv, operand[n], tile + Record<K>::kg, 16 * n, 0, anew(lane));
-    group_sync<64>(full);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float4 x = s.handed[pair][n][lane];
-      dv[n][0] += x.x;
-      dv[n][1] += x.y;
-      dv[n][2] += x.z;
-      dv[n][3] += x.w;
+    // dv_new = Aqk^T d_o + kg dS
+    begin_products();
+    multiply_channels<K, 0, operands>(sum, from, tile + Record<K>::kg, false);
+    multiply_tokens(sum, of_outputs, output + Record<K>::aqk, true);
+    end_group();
+    // dS = exp(G_end) dS + qg^T d_o
+    begin_products();
+    multiply_tokens(state, of_outputs, output + Record<K>::qg, true);
+    end_group();
+    if (io.dstates != nullptr) {
+      store_tiles<operands>(io.dstates + slot * K * K, from, first, lane);
     }
-#pragma unroll
-    for (int n = 0; n < K / 8; ++n) {
-      const float4 x = s.handed[pair][8 + n][lane];
-      state[n][0] += x.x;
-      state[n][1] += x.y;
-      state[n][2] += x.z;
-      state[n][3] += x.w;
-    }
-    if (c + 1 < chunks) group_arrive<64>(empty);
+    wait_for_groups<1>();
+    settle<8>(sum);
     // Y = A^T dv_new
-    float y[8][4];
-    clear(y);
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, dv[2 * n], dv[2 * n + 1]);
-      multiply_rows<chunk_tokens>(y, a, tile + Record<K>::a, 16 * n, n + 1, lane);
+    std::uint32_t dv_new[4][4], y[4][4];
+    as_operands<4>(dv_new, sum);
+    begin_products();
+    multiply_tokens(sum, dv_new, tile + Record<K>::a, false);
+    end_group();
+    if constexpr (panels == 2) {
+      multiply_tokens(state + 8, of_outputs, output + Record<K>::qg + Record<K>::panel, true);
+      end_group();
     }
-    // dS = exp(G_end) dS + qg^T d_o - (beta k exp(G))^T Y
+    wait_for_groups<panels - 1>();
+    settle<8>(sum);
+    // dS -= (beta k exp(G))^T Y
+    as_operands<4>(y, sum);
+    begin_products();
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      std::uint32_t a[4];
-      as_operand(a, y[2 * n], y[2 * n + 1]);
-      multiply_rows<K>(state, a, tile + Record<K>::nbg, 16 * n, K / 16, lane);
-      if (io.minus_y != nullptr) {
+    for (int n = 0; n < panels; ++n) {
+      multiply_tokens(state + 8 * n, y, tile + Record<K>::nbg + n * Record<K>::panel, true);
+      end_group();
+    }
+    if (io.minus_y != nullptr) {
+      std::uint32_t minus_y[4][4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) a[e] ^= 0x80008000u;
-        store_tiles(io.minus_y + slot * K * chunk_tokens, a, first, 8, n, lane);
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) minus_y[n][e] = y[n][e] ^ 0x80008000u;
       }
+      store_tiles<4>(io.minus_y + slot * K * chunk_tokens, minus_y, first, lane);
     }
+    wait_for_groups<panels>();
+    release(&s.output_empty[out_at.stage], lane);
+    release(&s.values_empty[values_at.stage], lane);
+    out_at.next();
+    values_at.next();
+    begin_chunk(c + 1, values_at);
+    if constexpr (panels == 2) {
+      wait_for_groups<1>();
+      settle<8>(state);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) as_operand(from[n], state[2 * n], state[2 * n + 1]);
+    }
+    wait_for_groups<0>();
+    release(&s.state_empty[at.stage], lane);
     at.next();
+    settle<8>(state + 8 * (panels - 1));
+#pragma unroll
+    for (int n = operands - 4; n < operands; ++n) as_operand(from[n], state[2 * n], state[2 * n + 1]);
   }
   if (io.dstate_in != nullptr) {
-    const int block = anew(blockIdx.x);
-    store_state<K>(state, io.dstate_in + static_cast<std::size_t>(block / slices) * K * K, K,
-                   (block % slices * chains + pair) * slice, lane);
+    store_state<K>(state, io.dstate_in + static_cast<std::size_t>(head) * K * K, K, first, lane);
   }
+  wait_for_previous_kernel();
 }
 
-template <int K>
-cudaError_t forward_of(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  const int blocks = p.segments * p.heads * K / (slice * chains);
-  return s.states != nullptr ? launch(forward_kernel<K, Mode::states>, blocks, forward_threads,
-                                      sizeof(ForwardShared<K, Mode::states>), false, stream, p, s)
-                             : launch(forward_kernel<K, Mode::outputs>, blocks, forward_threads,
-                                      sizeof(ForwardShared<K, Mode::outputs>), false, stream, p, s);
+/// Few heads leave multiprocessors idle and wait for each chunk in turn: then a block takes half of a head's columns.
+int groups_of(const Problem& p) {
+  const int panels = p.head_dim / 64;
+  return p.segments * p.heads * panels <= processors() ? 1 : panels;
+}
+int blocks(const Problem& p, int groups) { return p.segments * p.heads * p.head_dim / 64 / groups; }
+
+/// f<K, groups>().
+template <class F>
+cudaError_t by_shape(const Problem& p, int groups, const F& f) {
+  if (p.head_dim == 64) return f.template operator()<64, 1>();
+  return groups == 1 ? f.template operator()<128, 1>() : f.template operator()<128, 2>();
 }
 
-template <int K>
-cudaError_t reverse_of(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  return launch(reverse_kernel<K>, p.segments * p.heads * K / (slice * chains), reverse_threads,
-                sizeof(ReverseShared<K>), false, stream, p, s);
+template <Mode mode>
+cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, cudaStream_t stream) {
+  Tensors tensors = {};
+  cudaError_t error = box_map(&tensors.values, p, p.v);
+  if (error == cudaSuccess && mode == Mode::outputs) error = box_map(&tensors.o, p, s.o);
+  if (error != cudaSuccess) return error;
+  return by_shape(p, groups, [&]<int K, int n>() {
+    constexpr int cluster = mode == Mode::maps ? 2 : 1;  // of M's block and E's, which read the same records
+    return launch(forward_kernel<K, n, mode>, cluster * s.pieces * blocks(p, n), cluster, threads<n>,
+                  sizeof(Shared<K, n, mode == Mode::outputs, cluster>), stream, p, s, tensors);
+  });
 }
-
-/// Few heads leave multiprocessors idle and wait for each chunk in turn: then two warps share a chain, and a block of
-/// threads takes half as many columns.
-bool few_heads(const Problem& p) { return p.segments * p.heads * p.head_dim / (2 * slice) <= processors(); }
 
 }  // namespace
 
 int spare_processors(const Problem& p) {
-  return few_heads(p) ? processors() - p.segments * p.heads * p.head_dim / (2 * slice) : 0;
+  const int spare = processors() - blocks(p, groups_of(p));
+  return spare < 0 ? 0 : spare;
 }
 
+// Pieces fill the device, and then its memory is what limits: whole heads a block read every record once.
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream) {
-  if (few_heads(p)) return scan_forward_split(p, s, stream);
-  return p.head_dim == 128 ? forward_of<128>(p, s, stream) : forward_of<64>(p, s, stream);
+  const int groups = s.pieces > 1 ? p.head_dim / 64 : groups_of(p);
+  return s.states != nullptr ? forward_of<Mode::states>(p, s, groups, stream)
+                             : forward_of<Mode::outputs>(p, s, groups, stream);
+}
+
+cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream) {
+  return forward_of<Mode::maps>(p, {.records = records, .state_out = maps.e, .pieces = maps.pieces, .m = maps.m},
+                                p.head_dim / 64, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {
-  if (few_heads(p)) return scan_reverse_split(p, s, stream);
-  return p.head_dim == 128 ? reverse_of<128>(p, s, stream) : reverse_of<64>(p, s, stream);
+  Tensors tensors = {};
+  const cudaError_t error = box_map(&tensors.values, p, s.d_o);
+  if (error != cudaSuccess) return error;
+  return by_shape(p, groups_of(p), [&]<int K, int n>() {
+    return launch(reverse_kernel<K, n>, blocks(p, n), 1, threads<n>, sizeof(Shared<K, n, true, 1>), stream, p, s,
+                  tensors);
+  });
 }
 
 }  // namespace deltapipe::kernels::cuda::kda

@@ -1,21 +1,20 @@
 // What the scans share: the rings their records come through, their products, and where a state's columns lie.
 #pragma once
 
-#include "kernels/cuda/kda_common.cuh"
+#include "kernels/cuda/kda_wgmma.cuh"
 
 namespace deltapipe::kernels::cuda::kda {
-
-/// The scans with two warps a chain (kda_scan_split.cu).
-cudaError_t scan_forward_split(const Problem& p, const ForwardScan& s, cudaStream_t stream);
-cudaError_t scan_reverse_split(const Problem& p, const ReverseScan& s, cudaStream_t stream);
-
 namespace {
 
-constexpr int slice = 16;  // columns a chain
-constexpr int slice_bytes = chunk_tokens * slice * 2;
-constexpr int values_ahead = 3;  // buffers of a slice of v or d_o
+constexpr int slice = 16;  // columns a warp
+constexpr int group_warps = 4;
+constexpr int panel_bytes = chunk_tokens * 128;  // 64 tokens of 64 columns, swizzled
+constexpr int value_stages = 2;                  // buffers of a chunk's v or d_o
 
-enum class Mode { outputs, states };
+/// A scan's tensors by boxes: v or d_o, and o if it is written.
+struct Tensors {
+  CUtensorMap values, o;
+};
 
 /// Position in a ring of `stages` buffers.
 template <int stages>
@@ -41,9 +40,20 @@ __device__ __forceinline__ void init_barriers(Shared& s) {
       barrier_init(&s.output_full[i], 1);
       barrier_init(&s.output_empty[i], Shared::readers);
     }
+    for (int i = 0; i < value_stages; ++i) {
+      barrier_init(&s.values_full[i], 1);
+      barrier_init(&s.values_empty[i], Shared::readers);
+    }
+    for (std::uint64_t& barrier : s.in_step) barrier_init(&barrier, 1);
+    barrier_init(&s.o_full, Shared::readers);
+    barrier_init(&s.o_empty, 1);
     barrier_fence_init();
   }
-  __syncthreads();
+  if constexpr (Shared::blocks > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
 }
 
 /// A warp: waits until the record of chunk c is ready; how many are, from there on. ready: of the first chunk.
@@ -61,16 +71,23 @@ __device__ __forceinline__ int wait_until_ready(const int* ready, int step, int 
 }
 
 /// A warp: copies part of every record of a head into a ring, chunk by chunk, `step` bytes further each time; waits for
-/// records if ready is not null.
-template <int stages, int bytes>
-__device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::uint64_t* empty,
-                        const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane) {
+/// records if ready is not null. Two blocks of a cluster, which read the same records, do so in step by their barriers
+/// in_step: the second finds them in the second-level cache.
+template <int blocks, int stages, int bytes, int room>
+__device__ void produce(std::uint8_t (*ring)[room], std::uint64_t* full, std::uint64_t* empty,
+                        const std::uint8_t* record, std::ptrdiff_t step, int chunks, const int* ready, int lane,
+                        std::uint64_t* in_step = nullptr) {
+  const int other = blocks > 1 ? cluster_rank() ^ 1 : 0;
   Ring<stages> at;
   int known = 0;
   for (int c = 0; c < chunks; ++c) {
     if (ready != nullptr && c >= known) known = wait_until_ready(ready, step < 0 ? -1 : 1, c, chunks, lane);
     if (lane == 0) {
       if (c >= stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+      if constexpr (blocks > 1) {
+        barrier_arrive_at(in_step + c % 2, other);  // two by turns: the other may be a chunk ahead
+        barrier_wait(in_step + c % 2, c / 2 & 1);
+      }
       barrier_expect(&full[at.stage], bytes);
       bulk_copy(ring[at.stage], record + c * step, bytes, &full[at.stage]);
     }
@@ -79,56 +96,71 @@ __device__ void produce(std::uint8_t (*ring)[bytes], std::uint64_t* full, std::u
   }
 }
 
-/// A warp is done with a stage of a ring: after stores of what it made of all that it read there, which cannot be made
-/// before the loads have ended, or after fence_async().
+/// A warp is done with a stage of a ring: after the end of the products that read it, and of those that read what was
+/// made of all that it loaded there.
 __device__ __forceinline__ void release(std::uint64_t* empty, int lane) {
   __syncwarp();
   if (lane == 0) barrier_arrive(empty);
 }
-
-/// One warp: 16 columns of 16 of a chunk's rows of v or d_o, from row `first`, zeros beyond the segment's end.
-__device__ __forceinline__ void fetch_block(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
-                                            int first, int length, int lane) {
-  const int token = chunk * chunk_tokens + first + lane / 2;
-  const bool live = token < length;
-  copy_async_16(shared_address(to + lane / 2 * 32 + (lane & 1) * 16), from + (live ? token * row : 0) + (lane & 1) * 8,
-                live);
-}
-/// The whole chunk's. Always commits one group.
-__device__ __forceinline__ void fetch_slice(std::uint8_t* to, const std::uint16_t* from, std::size_t row, int chunk,
-                                            int length, bool wanted, int lane) {
-  if (wanted) {
+/// A thread: `panels` times 64 columns of v or d_o, from `column` on, into a ring of swizzled panels, zeros beyond the
+/// segment's end. Chunks are first, first + step, ...
+template <int panels>
+__device__ void produce_values(std::uint8_t (*ring)[panels * panel_bytes], std::uint64_t* full, std::uint64_t* empty,
+                               const CUtensorMap& from, int column, int head, int segment, int first, int step,
+                               int chunks) {
+  Ring<value_stages> at;
+  for (int c = 0; c < chunks; ++c) {
+    if (c >= value_stages) barrier_wait(&empty[at.stage], at.phase ^ 1);
+    barrier_expect(&full[at.stage], panels * panel_bytes);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) fetch_block(to + n * 512, from, row, chunk, 16 * n, length, lane);
-  }
-  copy_async_commit();
-}
-
-/// acc [16, 64 or K] += a [16, 16 tokens] tile[token, columns], for column groups [0, groups).
-template <int width>
-__device__ __forceinline__ void multiply_rows(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile, int row,
-                                              int groups, int lane) {
-#pragma unroll
-  for (int n = 0; n < width / 16; ++n) {
-    if (n >= groups) break;
-    std::uint32_t b[4];
-    load_matrices_transposed(b, tile + block_offset<width>(row, 16 * n, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
+    for (int n = 0; n < panels; ++n) {
+      load_box(ring[at.stage] + n * panel_bytes, from, column + 64 * n, (first + c * step) * chunk_tokens, head,
+               segment, &full[at.stage]);
+    }
+    at.next();
   }
 }
-/// acc [16, 64] += a [16, 16 columns] tile[token, column]^T, for groups of 16 tokens [first, 4).
-template <int width>
-__device__ __forceinline__ void multiply_transposed(float (*acc)[4], const std::uint32_t (&a)[4], std::uint32_t tile,
-                                                    int column, int first, int lane) {
+/// The lane's ldmatrix address, transposed, of a warp's 16 columns of 16 tokens: (tokens 0-7, columns 0-7), (0-7,
+/// 8-15), (8-15, 0-7), (8-15, 8-15). warp: of a panel's four. The next 16 tokens are 2,048 bytes on.
+__device__ __forceinline__ std::uint32_t values_address(std::uint32_t panel, int warp, int lane) {
+  const int token = (lane & 7) + (lane >> 4) * 8, piece = 2 * warp + ((lane >> 3) & 1);
+  return panel + token * 128 + ((piece ^ (lane & 7)) << 4);
+}
+
+// Products with tiles of a record in shared memory, at `tile`. Sums and left operands are transposed: rows are columns
+// of the state, 64 a group of warps.
+
+/// sum [64, 64 tokens] += a [64, K] tile[token, channel]^T, for operands [from, to) of 16 channels each.
+template <int K, int from, int to>
+__device__ __forceinline__ void multiply_channels(float (&sum)[8][4], const std::uint32_t (&a)[K / 16][4],
+                                                  std::uint32_t tile, bool accumulate) {
+  const std::uint64_t b = operand_at(tile);
+#pragma unroll
+  for (int n = from; n < to; ++n) {
+    multiply<64, false>(sum, a[n], b + (n / 4 * Record<K>::panel + n % 4 * 32) / 16, accumulate || n > from);
+  }
+}
+/// sum [64, 64] += a [64, 64] square^T.
+__device__ __forceinline__ void multiply_square(float (&sum)[8][4], const std::uint32_t (&a)[4][4],
+                                                std::uint32_t square, bool accumulate) {
+  const std::uint64_t b = operand_at(square);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) multiply<64, false>(sum, a[n], b + n * 2, accumulate || n > 0);
+}
+/// sum [64, 64] += a [64, 64 tokens] panel[token, column]: 64 columns of a tile or all of a square.
+__device__ __forceinline__ void multiply_tokens(float (*sum)[4], const std::uint32_t (&a)[4][4], std::uint32_t panel,
+                                                bool accumulate) {
+  const std::uint64_t b = operand_at(panel);
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    if (n < first) continue;
-    std::uint32_t b[4];
-    load_matrices(b, tile + block_offset_right<width>(16 * n, column, lane));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
+    multiply<64, true>(sum, a[n], b + n * (block_tokens * 128 / 16), accumulate || n > 0);
   }
+}
+/// The sums of 16 n columns as n left operands.
+template <int n>
+__device__ __forceinline__ void as_operands(std::uint32_t (&a)[n][4], const float (&sum)[2 * n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) as_operand(a[i], sum[2 * i], sum[2 * i + 1]);
 }
 
 template <int groups>
@@ -140,21 +172,19 @@ __device__ __forceinline__ void clear(float (&x)[groups][4]) {
   }
 }
 
-/// beta v, transposed, from a fetched slice of v.
-__device__ __forceinline__ void weigh_values(float (&rhs)[8][4], const float* beta, const std::uint8_t* values,
-                                             int lane) {
-  const std::uint32_t from = shared_address(values) + ((lane & 7) + (lane >> 4) * 8) * 32 + ((lane >> 3) & 1) * 16;
+/// sum += beta v, transposed; values as values_address has them.
+__device__ __forceinline__ void add_values(float (&sum)[8][4], const float* beta, const std::uint32_t (&values)[4][4],
+                                           int lane) {
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    std::uint32_t v[4];  // (tokens 0-7, columns 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
-    load_matrices_transposed(v, from + n * 16 * 32);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 b = *reinterpret_cast<const float2*>(beta + 16 * n + 8 * h + lane % 4 * 2);
-      rhs[2 * n + h][0] = b.x * low(v[2 * h]);
-      rhs[2 * n + h][1] = b.y * high(v[2 * h]);
-      rhs[2 * n + h][2] = b.x * low(v[2 * h + 1]);
-      rhs[2 * n + h][3] = b.y * high(v[2 * h + 1]);
+      float(&to)[4] = sum[2 * n + h];
+      to[0] += b.x * low(values[n][2 * h]);
+      to[1] += b.y * high(values[n][2 * h]);
+      to[2] += b.x * low(values[n][2 * h + 1]);
+      to[3] += b.y * high(values[n][2 * h + 1]);
     }
   }
 }
@@ -184,15 +214,17 @@ __device__ __forceinline__ void store_state(const float (&s)[K / 8][4], float* s
   }
 }
 
-/// A [16, 16 m] left operand to rows [first, first + 16) of 8x8 tiles of a matrix `groups` tiles wide.
-__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[4], int first, int groups,
-                                            int m, int lane) {
-  auto* words = reinterpret_cast<std::uint32_t*>(to) + lane;
-  const int at = first / 8 * groups + 2 * m;
-  words[at * 32] = a[0];
-  words[(at + groups) * 32] = a[1];
-  words[(at + 1) * 32] = a[2];
-  words[(at + groups + 1) * 32] = a[3];
+/// A warp's [16, 16 n] matrix, as n left operands, to rows [first, first + 16) of 8x8 tiles, 2 n to a row.
+template <int n>
+__device__ __forceinline__ void store_tiles(std::uint16_t* to, const std::uint32_t (&a)[n][4], int first, int lane) {
+  auto* words = reinterpret_cast<std::uint32_t*>(to) + first / 8 * (2 * n * 32) + lane;
+#pragma unroll
+  for (int m = 0; m < n; ++m) {
+    words[(2 * m) * 32] = a[m][0];
+    words[(2 * m + 2 * n) * 32] = a[m][1];
+    words[(2 * m + 1) * 32] = a[m][2];
+    words[(2 * m + 1 + 2 * n) * 32] = a[m][3];
+  }
 }
 
 template <int K>
@@ -207,24 +239,27 @@ __device__ __forceinline__ void scale_columns(float (&s)[K / 8][4], const float*
   }
 }
 
-/// beside: the kernel may start while the one before it runs, which has called start_next_kernel.
+/// cluster: blocks of a cluster. The kernel may start while the one before it in the stream still runs, and waits for
+/// its end, or for its flags.
 template <class Kernel, class Io>
-cudaError_t launch(Kernel kernel, int blocks, int threads, std::size_t shared, bool beside, cudaStream_t stream,
-                   const Problem& p, const Io& io) {
+cudaError_t launch(Kernel kernel, int blocks, int cluster, int threads, std::size_t shared, cudaStream_t stream,
+                   const Problem& p, const Io& io, const Tensors& tensors) {
   const cudaError_t set =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (set != cudaSuccess) return set;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = beside ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, io, p.chunks());
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, p, io, tensors, p.chunks());
 }
 
 }  // namespace

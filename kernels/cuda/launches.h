@@ -114,19 +114,36 @@ template <class T>
 cudaError_t rope(const T* x, const std::int32_t* positions, const float* inverse_frequencies, float attention_factor,
                  float direction, T* out, std::int64_t tokens, int heads, int d, cudaStream_t stream);
 
+/// `count` convolutions of these sizes go together.
 struct ConvolutionShape {
   std::int64_t segments, length, channels;
-  int taps;
+  int taps, count;
+};
+/// What one of them has of its own; halo, dhalo and partials may be null. partials as in rms_norm_backward.
+template <class T>
+struct Convolution {
+  const T *x, *w, *halo;
+  T* y;
 };
 template <class T>
-cudaError_t short_conv_forward(const ConvolutionShape& shape, const T* x, const T* w, const T* halo,
-                               const std::int32_t* start, T* y, cudaStream_t stream);
-/// Rows [., channels * taps] of partial sums of dw.
-std::int64_t short_conv_partial_rows(const ConvolutionShape& shape);
-/// partials as in rms_norm_backward.
+struct ConvolutionGradient {
+  const T *dy, *x, *w, *halo;
+  T *dx, *dhalo;
+  float* partials;
+};
+/// A kernel's argument.
+template <class C>
+struct Convolutions {
+  C each[3];
+};
 template <class T>
-cudaError_t short_conv_backward(const ConvolutionShape& shape, const T* dy, const T* x, const T* w, const T* halo,
-                                const std::int32_t* start, T* dx, T* dhalo, float* partials, cudaStream_t stream);
+cudaError_t short_conv_forward(const ConvolutionShape& shape, const Convolutions<Convolution<T>>& convolutions,
+                               const std::int32_t* start, cudaStream_t stream);
+/// Rows [., channels * taps] of partial sums of a convolution's dw.
+std::int64_t short_conv_partial_rows(const ConvolutionShape& shape);
+template <class T>
+cudaError_t short_conv_backward(const ConvolutionShape& shape, const Convolutions<ConvolutionGradient<T>>& convolutions,
+                                const std::int32_t* start, cudaStream_t stream);
 
 // Losses on logits.
 
@@ -140,9 +157,10 @@ struct DistillConstants {
 /// Most classes N of a row.
 template <class T>
 std::int64_t most_classes();
-/// teacher may be null: then the temperature is 1. row_sums [rows, 10] in the order of LossSum; every entry is written.
+/// Rows of n logits begin every `pitch`. teacher may be null: then the temperature is 1. row_sums [rows, 10] in the
+/// order of LossSum; every entry is written.
 template <class T>
 cudaError_t distill_loss(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
-                         double* row_sums, std::int64_t rows, std::int64_t n, cudaStream_t stream);
+                         double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream);
 
 }  // namespace deltapipe::kernels::cuda

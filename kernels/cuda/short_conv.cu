@@ -13,14 +13,16 @@ inline constexpr int blocks_resident = most_taps <= 4 ? 8 : 4;
 constexpr std::int64_t most_blocks = 132 * blocks_resident<4>;
 constexpr std::int64_t fewest_tokens = 16;
 
-/// Blocks of threads side by side over the channels, n a thread; the grid counts them fastest, then chunks of tokens.
+/// Blocks of threads side by side over the channels, n a thread; the grid counts them fastest, then chunks of tokens,
+/// then convolutions.
 __host__ __device__ std::int64_t tiles_of(const ConvolutionShape& shape, int n) {
   return (shape.channels + threads * n - 1) / (threads * n);
 }
 
 /// Tokens that a thread walks through: so many that all blocks run at once, as long walks read few rows twice.
 std::int64_t chunk_of(const ConvolutionShape& shape, int n) {
-  const std::int64_t chunks = std::max<std::int64_t>(1, most_blocks / (tiles_of(shape, n) * shape.segments));
+  const std::int64_t chunks =
+      std::max<std::int64_t>(1, most_blocks / (tiles_of(shape, n) * shape.segments * shape.count));
   const std::int64_t even = (shape.length + chunks - 1) / chunks;
   return std::max(fewest_tokens, (even + 7) / 8 * 8);  // whole turns of up to eight taps
 }
@@ -122,9 +124,12 @@ __device__ __forceinline__ void convolve(const float (&taps)[most_taps][n], cons
 
 template <class T, int n, int most_taps, bool aligned>
 __global__ void __launch_bounds__(threads, blocks_resident<most_taps>)
-    forward(ConvolutionShape shape, std::int64_t chunk, const T* x, const T* w, const T* halo,
-            const std::int32_t* start, T* y) {
+    forward(ConvolutionShape shape, std::int64_t chunk, const __grid_constant__ Convolutions<Convolution<T>> all,
+            const std::int32_t* start) {
   constexpr int past = most_taps - 1;
+  const Convolution<T>& its = all.each[blockIdx.y];
+  const T *x = its.x, *w = its.w, *halo = its.halo;
+  T* y = its.y;
   const Place place = place_of<n>(shape, chunk);
   if (place.idle) return;
   const std::int64_t first_row = place.segment * shape.length, d = shape.channels;
@@ -186,9 +191,13 @@ __global__ void __launch_bounds__(threads, blocks_resident<most_taps>)
 // 1 tokens back says so for those between, as documents follow each other: then nothing is asked.
 template <class T, int n, int most_taps, bool aligned>
 __global__ void __launch_bounds__(threads, blocks_resident<most_taps>)
-    backward(ConvolutionShape shape, std::int64_t chunk, const T* dy, const T* x, const T* w, const T* halo,
-             const std::int32_t* start, T* dx, T* dhalo, float* partials) {
+    backward(ConvolutionShape shape, std::int64_t chunk,
+             const __grid_constant__ Convolutions<ConvolutionGradient<T>> all, const std::int32_t* start) {
   constexpr int past = most_taps - 1;
+  const ConvolutionGradient<T>& its = all.each[blockIdx.y];
+  const T *dy = its.dy, *x = its.x, *w = its.w, *halo = its.halo;
+  T *dx = its.dx, *dhalo = its.dhalo;
+  float* partials = its.partials;
   const Place place = place_of<n>(shape, chunk);
   if (place.idle) return;
   const std::int64_t first_row = place.segment * shape.length, d = shape.channels;
@@ -304,27 +313,33 @@ cudaError_t for_taps(const ConvolutionShape& shape, bool aligned, const F& f) {
                                                  : f.template operator()<narrow, 8, false>();
 }
 
-unsigned blocks_of(const ConvolutionShape& shape, int n, std::int64_t chunk) {
-  return static_cast<unsigned>(tiles_of(shape, n) * shape.segments * ((shape.length + chunk - 1) / chunk));
+dim3 blocks_of(const ConvolutionShape& shape, int n, std::int64_t chunk) {
+  const std::int64_t blocks = tiles_of(shape, n) * shape.segments * ((shape.length + chunk - 1) / chunk);
+  return {static_cast<unsigned>(blocks), static_cast<unsigned>(shape.count)};
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t short_conv_forward(const ConvolutionShape& shape, const T* x, const T* w, const T* halo,
-                               const std::int32_t* start, T* y, cudaStream_t stream) {
+cudaError_t short_conv_forward(const ConvolutionShape& shape, const Convolutions<Convolution<T>>& convolutions,
+                               const std::int32_t* start, cudaStream_t stream) {
   if (shape.segments * shape.length * shape.channels == 0) return cudaSuccess;
-  return for_taps<pack_width<T>>(shape, all_aligned(x, halo, y), [&]<int n, int most_taps, bool aligned>() {
+  bool are_aligned = true;
+  for (int i = 0; i < shape.count; ++i) {
+    const Convolution<T>& c = convolutions.each[i];
+    are_aligned = are_aligned && all_aligned(c.x, c.halo, c.y);
+  }
+  return for_taps<pack_width<T>>(shape, are_aligned, [&]<int n, int most_taps, bool aligned>() {
     const std::int64_t chunk = chunk_of(shape, n);
     forward<T, n, most_taps, aligned>
-        <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, x, w, halo, start, y);
+        <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, convolutions, start);
     return cudaGetLastError();
   });
 }
-template cudaError_t short_conv_forward(const ConvolutionShape&, const Bits*, const Bits*, const Bits*,
-                                        const std::int32_t*, Bits*, cudaStream_t);
-template cudaError_t short_conv_forward(const ConvolutionShape&, const float*, const float*, const float*,
-                                        const std::int32_t*, float*, cudaStream_t);
+template cudaError_t short_conv_forward(const ConvolutionShape&, const Convolutions<Convolution<Bits>>&,
+                                        const std::int32_t*, cudaStream_t);
+template cudaError_t short_conv_forward(const ConvolutionShape&, const Convolutions<Convolution<float>>&,
+                                        const std::int32_t*, cudaStream_t);
 
 std::int64_t short_conv_partial_rows(const ConvolutionShape& shape) {
   const std::int64_t chunk = chunk_of(shape, narrow);
@@ -332,19 +347,24 @@ std::int64_t short_conv_partial_rows(const ConvolutionShape& shape) {
 }
 
 template <class T>
-cudaError_t short_conv_backward(const ConvolutionShape& shape, const T* dy, const T* x, const T* w, const T* halo,
-                                const std::int32_t* start, T* dx, T* dhalo, float* partials, cudaStream_t stream) {
+cudaError_t short_conv_backward(const ConvolutionShape& shape, const Convolutions<ConvolutionGradient<T>>& convolutions,
+                                const std::int32_t* start, cudaStream_t stream) {
   if (shape.segments * shape.length * shape.channels == 0) return cudaSuccess;
-  return for_taps<narrow>(shape, all_aligned(dy, x, halo, dx, dhalo), [&]<int n, int most_taps, bool aligned>() {
+  bool are_aligned = true;
+  for (int i = 0; i < shape.count; ++i) {
+    const ConvolutionGradient<T>& c = convolutions.each[i];
+    are_aligned = are_aligned && all_aligned(c.dy, c.x, c.halo, c.dx, c.dhalo);
+  }
+  return for_taps<narrow>(shape, are_aligned, [&]<int n, int most_taps, bool aligned>() {
     const std::int64_t chunk = chunk_of(shape, n);
     backward<T, n, most_taps, aligned>
-        <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, dy, x, w, halo, start, dx, dhalo, partials);
+        <<<blocks_of(shape, n, chunk), threads, 0, stream>>>(shape, chunk, convolutions, start);
     return cudaGetLastError();
   });
 }
-template cudaError_t short_conv_backward(const ConvolutionShape&, const Bits*, const Bits*, const Bits*, const Bits*,
-                                         const std::int32_t*, Bits*, Bits*, float*, cudaStream_t);
-template cudaError_t short_conv_backward(const ConvolutionShape&, const float*, const float*, const float*,
-                                         const float*, const std::int32_t*, float*, float*, float*, cudaStream_t);
+template cudaError_t short_conv_backward(const ConvolutionShape&, const Convolutions<ConvolutionGradient<Bits>>&,
+                                         const std::int32_t*, cudaStream_t);
+template cudaError_t short_conv_backward(const ConvolutionShape&, const Convolutions<ConvolutionGradient<float>>&,
+                                         const std::int32_t*, cudaStream_t);
 
 }  // namespace deltapipe::kernels::cuda

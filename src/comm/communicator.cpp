@@ -5,7 +5,6 @@
 #include "core/trace.h"
 
 #include <exception>
-#include <optional>
 #include <utility>
 
 namespace deltapipe {
@@ -118,13 +117,21 @@ bool Pending::test() {
 
 void Pending::wait(const Stream& stream) {
   if (operation_ == nullptr) return;
-  std::optional<TracedCall> call;
-  if (traced_ != nullptr) {
-    call.emplace(*traced_, stream, purpose_, wait_name_);
-    call->take(traced_->late_[static_cast<std::size_t>(purpose_)]);
-  }
   const Releaser release{std::exchange(operation_, nullptr)};
+  if (traced_ == nullptr) {
+    release.operation->wait(stream);
+    return;
+  }
+  TracedCall call(*traced_, stream, purpose_, wait_name_);
+  call.take(traced_->late_[static_cast<std::size_t>(purpose_)]);
+  const trace::Mark begin = trace::mark(stream);
   release.operation->wait(stream);
+  trace::Event held_up;  // the stream, by what it waits for
+  held_up.track = trace::Track::communication;
+  held_up.category = traced_->axis();
+  held_up.name = wait_name_;
+  held_up.purpose = name_of(purpose_);
+  trace::record(held_up, begin, stream);
 }
 
 Communicator::Communicator(int rank, int size, std::string axis) : rank_(rank), size_(size), axis_(std::move(axis)) {
@@ -169,19 +176,21 @@ Pending Communicator::traced(Pending pending, Purpose purpose, const char* wait_
 void Communicator::send(const Stream& stream, const Tensor& x, int to, Purpose purpose, int tag) {
   const TracedCall call(*this, stream, purpose, "send");
   const Transfer transfer{to, x, tag};
-  start_checked_exchange(stream, {&transfer, 1}, {}, purpose, "send").wait(stream);
+  traced(start_checked_exchange(stream, {&transfer, 1}, {}, purpose, "send"), purpose, "wait for send").wait(stream);
 }
 
 void Communicator::receive(const Stream& stream, const Tensor& x, int from, Purpose purpose, int tag) {
   const TracedCall call(*this, stream, purpose, "receive");
   const Transfer transfer{from, x, tag};
-  start_checked_exchange(stream, {}, {&transfer, 1}, purpose, "receive").wait(stream);
+  traced(start_checked_exchange(stream, {}, {&transfer, 1}, purpose, "receive"), purpose, "wait for receive")
+      .wait(stream);
 }
 
 void Communicator::exchange(const Stream& stream, std::span<const Transfer> sends, std::span<const Transfer> receives,
                             Purpose purpose) {
   const TracedCall call(*this, stream, purpose, "exchange");
-  start_checked_exchange(stream, sends, receives, purpose, "exchange").wait(stream);
+  traced(start_checked_exchange(stream, sends, receives, purpose, "exchange"), purpose, "wait for exchange")
+      .wait(stream);
 }
 
 Pending Communicator::start_exchange(const Stream& stream, std::span<const Transfer> sends,

@@ -10,8 +10,8 @@
 //   names operation, purpose, axis and the silent ranks.
 // - On a dry stream every operation checks its arguments, takes its workspace, and returns at once, counting nothing.
 // - Every call, and every wait for a started operation, is a span of a trace (core/trace.h) while one is recorded: with
-// the
-//   bytes that it sent, so that a trace's bytes are those of the counters.
+//   the bytes that it sent, so that a trace's bytes are those of the counters. On a CUDA stream that is the host's side
+//   of it; the device's is how long the stream waited, and the messages on the communicator's own streams.
 // - A start_* operation borrows its tensors, workspace included, until its Pending has been waited for: inputs may be
 //   read but not written, outputs not touched. Waiting makes progress for all pending operations of the process.
 #pragma once

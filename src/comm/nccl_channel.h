@@ -4,6 +4,7 @@
 
 #include "core/device_memory.h"
 #include "core/error.h"
+#include "core/trace.h"
 
 #include <nccl.h>
 
@@ -25,6 +26,7 @@ struct Description {
   std::string operation;  // "send (hidden_state) on axis pipeline, step 3: rank 0"
   std::string waits_for;  // "its rank 1"
   double timeout_s = 0;
+  trace::Event traced;  // what a trace says of it; the channel adds the lane and the time
 
   std::string silence() const { return fmt::format("{} has waited {:g} s for {}", operation, timeout_s, waits_for); }
 };
@@ -81,6 +83,7 @@ class Channel {
     const Stream stream = stream_.get();
     input_ready.make_wait(stream);
     work->input_ready_.record(stream);
+    const trace::Mark begin = trace::mark(stream);
     ncclResult_t result = ncclSuccess;
     {
       const std::lock_guard lock(mutex_);
@@ -96,6 +99,8 @@ class Channel {
     throw_if_bad(result, work->description_);
     settle(work->description_);
     work->ended_.record(stream);
+    work->description_.traced.lane = axis_;
+    trace::record(work->description_.traced, begin, stream);
     watch(work);
   }
 

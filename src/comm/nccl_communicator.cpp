@@ -93,7 +93,7 @@ class NcclCommunicator final : public Communicator {
 
   /// Starts `call` on the axis' channel.
   template <class F>
-  Pending start(const Stream& stream, Purpose purpose, const char* name, const F& call);
+  Pending start(const Stream& stream, Purpose purpose, const char* name, const Traffic& sent, const F& call);
   Pending start_on_link(const Stream& stream, const Transfer& transfer, bool sends, Purpose purpose, const char* name);
   Link& link_to(int peer, int tag, bool sends);
   /// Takes links a step further and starts what has waited for them.
@@ -104,11 +104,14 @@ class NcclCommunicator final : public Communicator {
   template <class F>
   void run_first(Channel& channel, const std::string& waits_for, const F& call);
   NcclOperation& take();
-  nccl::Description describe(const char* name, Purpose purpose, const std::string& waits_for) const;
+  nccl::Description describe(const char* name, Purpose purpose, const std::string& waits_for,
+                             const Traffic& sent = {}) const;
   std::string others() const;
-  void count_parts(Purpose purpose, int messages, std::size_t bytes) {
+  Traffic count_parts(Purpose purpose, int messages, std::size_t bytes) {
     for (int i = 0; i < messages; ++i) count_message(purpose, bytes);
     count_round(purpose);
+    const auto count = static_cast<std::uint64_t>(messages);
+    return {count, count * bytes, 1};
   }
   static bool is_staged(Purpose purpose) {
     return purpose == Purpose::hidden_state || purpose == Purpose::hidden_gradient;
@@ -196,11 +199,19 @@ std::string NcclCommunicator::others() const {
   return (size() == 2 ? "its rank " : "one of its ranks ") + list;
 }
 
-nccl::Description NcclCommunicator::describe(const char* name, Purpose purpose, const std::string& waits_for) const {
+nccl::Description NcclCommunicator::describe(const char* name, Purpose purpose, const std::string& waits_for,
+                                             const Traffic& sent) const {
   const std::string& where = progress_->where();
+  trace::Event traced;
+  traced.track = trace::Track::communication;
+  traced.category = axis();
+  traced.name = name;
+  traced.purpose = name_of(purpose);
+  traced.messages = sent.messages;
+  traced.bytes = sent.bytes;
   return {fmt::format("{} ({}) on axis {}{}{}: rank {}", name, name_of(purpose), axis(), where.empty() ? "" : ", ",
                       where, rank()),
-          waits_for, progress_->settings().timeout_s};
+          waits_for, progress_->settings().timeout_s, traced};
 }
 
 NcclOperation& NcclCommunicator::take() {
@@ -215,13 +226,14 @@ NcclOperation& NcclCommunicator::take() {
 }
 
 template <class F>
-Pending NcclCommunicator::start(const Stream& stream, Purpose purpose, const char* name, const F& call) {
+Pending NcclCommunicator::start(const Stream& stream, Purpose purpose, const char* name, const Traffic& sent,
+                                const F& call) {
   require(stream.device() == device_, "communication over NCCL: a stream of another device");
   NcclOperation& operation = take();
   Pending pending(&operation);
   operation.input_ready_.record(stream);
   operation.channel_ = axis_channel_.get();
-  operation.work_ = axis_channel_->run(describe(name, purpose, others()), operation.input_ready_, call);
+  operation.work_ = axis_channel_->run(describe(name, purpose, others(), sent), operation.input_ready_, call);
   return pending;
 }
 
@@ -232,8 +244,8 @@ Pending NcclCommunicator::do_all_reduce(const Stream& stream, const Tensor& x, c
   }
   constexpr const char* name = "all_reduce_sum";
   const ncclDataType_t type = type_of(x, name);
-  count_parts(purpose, 2 * (size() - 1), x.bytes() / static_cast<std::size_t>(size()));
-  return start(stream, purpose, name, [&](ncclComm_t comm, cudaStream_t on) {
+  const Traffic sent = count_parts(purpose, 2 * (size() - 1), x.bytes() / static_cast<std::size_t>(size()));
+  return start(stream, purpose, name, sent, [&](ncclComm_t comm, cudaStream_t on) {
     return ncclAllReduce(x.data, x.data, elements(x), type, ncclSum, comm, on);
   });
 }
@@ -241,8 +253,8 @@ Pending NcclCommunicator::do_all_reduce(const Stream& stream, const Tensor& x, c
 Pending NcclCommunicator::do_all_gather(const Stream& stream, const Tensor& part, const Tensor& whole,
                                         Purpose purpose) {
   if (part.device.is_cpu()) return host_.start_all_gather(Stream::cpu(), part, whole, purpose);
-  count_parts(purpose, size() - 1, part.bytes());
-  return start(stream, purpose, "all_gather", [&](ncclComm_t comm, cudaStream_t on) {
+  const Traffic sent = count_parts(purpose, size() - 1, part.bytes());
+  return start(stream, purpose, "all_gather", sent, [&](ncclComm_t comm, cudaStream_t on) {
     return ncclAllGather(part.data, whole.data, part.bytes(), ncclUint8, comm, on);
   });
 }
@@ -255,8 +267,8 @@ Pending NcclCommunicator::do_reduce_scatter(const Stream& stream, const Tensor& 
   }
   constexpr const char* name = "reduce_scatter_sum";
   const ncclDataType_t type = type_of(part, name);
-  count_parts(purpose, size() - 1, part.bytes());
-  return start(stream, purpose, name, [&](ncclComm_t comm, cudaStream_t on) {
+  const Traffic sent = count_parts(purpose, size() - 1, part.bytes());
+  return start(stream, purpose, name, sent, [&](ncclComm_t comm, cudaStream_t on) {
     return ncclReduceScatter(whole.data, part.data, elements(part), type, ncclSum, comm, on);
   });
 }
@@ -267,8 +279,8 @@ void NcclCommunicator::do_broadcast(const Stream& stream, const Tensor& x, int r
     return;
   }
   const bool is_last = (rank() + 1) % size() == root;
-  count_parts(purpose, is_last ? 0 : 1, x.bytes());
-  start(stream, purpose, "broadcast", [&](ncclComm_t comm, cudaStream_t on) {
+  const Traffic sent = count_parts(purpose, is_last ? 0 : 1, x.bytes());
+  start(stream, purpose, "broadcast", sent, [&](ncclComm_t comm, cudaStream_t on) {
     return ncclBroadcast(x.data, x.data, x.bytes(), ncclUint8, root, comm, on);
   }).wait(stream);
 }
@@ -285,7 +297,12 @@ Pending NcclCommunicator::do_exchange(const Stream& stream, std::span<const Tran
     return host_.start_exchange(Stream::cpu(), sends, receives, purpose);
   }
   advance_links();
-  for (const Transfer& t : sends) count_message(purpose, t.tensor.bytes());
+  Traffic sent{0, 0, 1};
+  for (const Transfer& t : sends) {
+    count_message(purpose, t.tensor.bytes());
+    ++sent.messages;
+    sent.bytes += t.tensor.bytes();
+  }
   count_round(purpose);
   if (is_staged(purpose) && sends.size() + receives.size() == 1) {
     return start_on_link(stream, sends.empty() ? receives.front() : sends.front(), !sends.empty(), purpose, name);
@@ -296,7 +313,7 @@ Pending NcclCommunicator::do_exchange(const Stream& stream, std::span<const Tran
   for (const Transfer& t : sends) all.emplace_back(t, true);
   for (const Transfer& t : receives) all.emplace_back(t, false);
   std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first.tag < b.first.tag; });
-  return start(stream, purpose, name, [&](ncclComm_t comm, cudaStream_t on) {
+  return start(stream, purpose, name, sent, [&](ncclComm_t comm, cudaStream_t on) {
     for (const auto& [t, is_send] : all) {
       const ncclResult_t result = is_send ? ncclSend(t.tensor.data, t.tensor.bytes(), ncclUint8, t.peer, comm, on)
                                           : ncclRecv(t.tensor.data, t.tensor.bytes(), ncclUint8, t.peer, comm, on);
@@ -328,7 +345,10 @@ Pending NcclCommunicator::start_on_link(const Stream& stream, const Transfer& tr
   operation.input_ready_.record(stream);
   operation.transfer_ = transfer;
   operation.sends_ = sends;
-  operation.work_ = std::make_shared<Work>(device_, describe(name, purpose, fmt::format("its rank {}", transfer.peer)));
+  const Traffic sent = sends ? Traffic{1, transfer.tensor.bytes(), 1} : Traffic{0, 0, 1};
+  nccl::Description description = describe(name, purpose, fmt::format("its rank {}", transfer.peer), sent);
+  description.traced.name = sends ? "send" : "receive";
+  operation.work_ = std::make_shared<Work>(device_, std::move(description));
   operation.waits_for_link_ = true;
   link.waiting.push_back(&operation);
   advance_links();

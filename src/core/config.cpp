@@ -109,6 +109,11 @@ void show(SchemaVisitor& v, PipelineConfig& c) {
          c.teacher);
   v.value({"kept_teacher", "Microbatches that ahead may keep the teacher's hidden states of; 0: as many as it takes."},
           c.kept_teacher, any_size);
+  v.value(
+      {"put_off_layers",
+       "Layers of a stage whose weights' gradients zero_bubble puts off: fewer take less memory, and fill less of the "
+       "bubbles; 0: all."},
+      c.put_off_layers, any_size);
   v.array({"layers", "Layers of each stage (of each chunk, with interleaved), in order; empty: cut by cost."}, c.layers,
           positive_size, 0);
 }
@@ -329,6 +334,11 @@ class Checker {
       refuse({"pipeline.chunks", "pipeline.schedule"},
              fmt::format("chunks = {} with schedule = \"{}\"", p.chunks, name_of(p.schedule)),
              "chunks = 1, or schedule = \"interleaved\"");
+    }
+    if (p.put_off_layers > 0 && p.schedule != PipelineSchedule::zero_bubble) {
+      refuse({"pipeline.put_off_layers", "pipeline.schedule"},
+             fmt::format("put_off_layers = {} with schedule = \"{}\"", p.put_off_layers, name_of(p.schedule)),
+             "put_off_layers = 0, or schedule = \"zero_bubble\"");
     }
     const std::vector<std::int64_t>& t = c_.trace.steps;
     if (!t.empty() && (t.size() != 2 || t[0] > t[1])) {

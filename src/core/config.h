@@ -108,6 +108,7 @@ struct PipelineConfig {
   std::int64_t chunks = 1;  // model chunks a rank; over 1: interleaved alone
   TeacherTiming teacher = TeacherTiming::in_line;
   std::int64_t kept_teacher = 0;     // teacher forwards whose hidden states a rank keeps, with ahead; 0: any number
+  std::int64_t put_off_layers = 0;   // of a stage, whose weights' gradients zero_bubble computes later; 0: all
   std::vector<std::int64_t> layers;  // of each virtual stage; empty: cut by cost
   friend bool operator==(const PipelineConfig&, const PipelineConfig&) = default;
 };

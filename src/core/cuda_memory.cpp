@@ -80,6 +80,13 @@ std::size_t memory_in_use(int index) {
   return total - available;
 }
 
+std::size_t memory_size(int index) {
+  const DeviceScope scope(index);
+  std::size_t available = 0, total = 0;
+  check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+  return total;
+}
+
 void release(int index, void* memory) noexcept {
   // Errors mean that the device or the driver has gone, and the memory with it.
   int before = 0;
@@ -131,10 +138,11 @@ void* create_stream(int index, bool urgent) {
 
 void destroy_stream(void* stream) noexcept { cudaStreamDestroy(stream_of(stream)); }
 
-void* create_event(int index) {
+void* create_event(int index, bool times) {
   const DeviceScope scope(index);
   cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check(cudaEventCreateWithFlags(&event, times ? cudaEventDefault : cudaEventDisableTiming),
+        "cudaEventCreateWithFlags");
   return event;
 }
 
@@ -159,5 +167,11 @@ bool reached(void* event) {
 }
 
 void synchronize_event(void* event) { check(cudaEventSynchronize(event_of(event)), "cudaEventSynchronize"); }
+
+float elapsed_ms(void* begin, void* end) {
+  float ms = 0;
+  check(cudaEventElapsedTime(&ms, event_of(begin), event_of(end)), "cudaEventElapsedTime");
+  return ms;
+}
 
 }  // namespace deltapipe::cuda_memory

@@ -91,6 +91,15 @@ std::size_t memory_in_use(Device device) {
 #endif
 }
 
+std::size_t memory_size(Device device) {
+  if (device.is_cpu()) return 0;
+#ifdef DELTAPIPE_CUDA
+  return cuda_memory::memory_size(device.index);
+#else
+  no_cuda();
+#endif
+}
+
 bool page_lock([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes,
                [[maybe_unused]] const std::string& purpose) {
   if (cuda_device_count() == 0) return false;
@@ -161,10 +170,10 @@ StreamOwner& StreamOwner::operator=(StreamOwner&& other) noexcept {
   return *this;
 }
 
-Event::Event(Device device) : device_(device) {
+Event::Event(Device device, [[maybe_unused]] bool times) : device_(device) {
   if (device.is_cpu()) return;
 #ifdef DELTAPIPE_CUDA
-  native_ = cuda_memory::create_event(device.index);
+  native_ = cuda_memory::create_event(device.index, times);
 #else
   no_cuda();
 #endif
@@ -202,6 +211,13 @@ bool Event::reached() const {
 
 void Event::synchronize() const {
   if (native_ != nullptr) DELTAPIPE_ON_CUDA(synchronize_event(native_));
+}
+
+double Event::seconds_since([[maybe_unused]] const Event& earlier) const {
+#ifdef DELTAPIPE_CUDA
+  if (native_ != nullptr) return 1e-3 * static_cast<double>(cuda_memory::elapsed_ms(earlier.native_, native_));
+#endif
+  return 0;
 }
 
 }  // namespace deltapipe

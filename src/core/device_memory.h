@@ -36,6 +36,9 @@ void release_memory(Device device, void* memory, std::size_t bytes) noexcept;
 /// Bytes of the device's memory that are taken, by whatever process, CUDA's own included; 0 for the CPU.
 std::size_t memory_in_use(Device device);
 
+/// Bytes of memory that the device has; 0 for the CPU.
+std::size_t memory_size(Device device);
+
 /// Page-locks host memory, so that copies to and from CUDA devices run beside other work. Does nothing, and returns
 /// false, where there is no CUDA device. Throws MemoryError when the system refuses.
 bool page_lock(void* memory, std::size_t bytes, const std::string& purpose);
@@ -74,7 +77,8 @@ class StreamOwner {
 /// A point in a stream's work, where another stream or the host can meet it. On the CPU it has always been reached.
 class Event {
  public:
-  explicit Event(Device device);
+  /// One that `times` tells when it was reached, at some cost to the device.
+  explicit Event(Device device, bool times = false);
   ~Event();
   Event(Event&& other) noexcept;
   Event& operator=(Event&& other) noexcept;
@@ -88,6 +92,9 @@ class Event {
   /// True when the point has been reached, or was never recorded. Throws InternalError for a fault on the device.
   bool reached() const;
   void synchronize() const;
+  /// Seconds from `earlier` to this one, both reached and of the kind that times; 0 on the CPU. In float32
+  /// milliseconds: to a microsecond over ten seconds.
+  double seconds_since(const Event& earlier) const;
 
  private:
   Device device_;

@@ -97,9 +97,9 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
   const Tensor dy = train ? c.workspace.allocate(x.dtype, x.shape, "final hidden state gradient") : Tensor();
   student_->final_norm(c, x, y, rstd);
   const std::int64_t rows = std::min(loss_block_tokens_, tokens);
-  const Tensor student_logits = c.workspace.allocate(x.dtype, {rows, vocabulary}, "student logits");
-  const Tensor teacher_logits =
-      teacher != nullptr ? c.workspace.allocate(x.dtype, {rows, vocabulary}, "teacher logits") : Tensor();
+  const Shape logits{rows, kernels::linear_row(c.stream, x.dtype, vocabulary)};
+  const Tensor student_logits = c.workspace.allocate(x.dtype, logits, "student logits");
+  const Tensor teacher_logits = teacher != nullptr ? c.workspace.allocate(x.dtype, logits, "teacher logits") : Tensor();
   for (std::int64_t t = 0; t < tokens; t += rows) {
     const std::int64_t end = std::min(t + rows, tokens);
     const Tensor zs = student_logits.rows(0, end - t);
@@ -110,7 +110,7 @@ void Distiller::head(const Context& c, const kernels::DistillWeights& weights, d
       teacher_->head().forward(c, teacher->x.rows(t, end), zt);
     }
     kernels::distill_loss(c.stream, weights, zs, zt, state.batch.labels.rows(t, end), token_weight, train,
-                          slice(sums, 0, LossSums::head_count), c.workspace);
+                          slice(sums, 0, LossSums::head_count), c.workspace, vocabulary);
     if (train) student_->head().backward(c, zs, y.rows(t, end), dy.rows(t, end));
   }
   if (train) student_->final_norm_backward(c, dy, x, rstd, state.gradient);
@@ -134,6 +134,8 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
   const LayerRange& range = student_->range();
   for (std::int64_t l = range.last - 1; l >= range.first; --l) {
     const auto i = static_cast<std::size_t>(l - range.first);
+    Context own = c;
+    if (c.tape != nullptr && !c.tape->takes(l - range.first)) own.tape = nullptr;
     if (const std::int64_t t = objective.teacher_layer_of(l); t >= 0) {
       const Tensor& theirs = teacher->hidden[static_cast<std::size_t>(t - teacher_->range().first)];
       kernels::hidden_loss(c.stream, state.hidden[i + 1], theirs, state.batch.labels,
@@ -141,12 +143,12 @@ void Distiller::backward_student(const Context& c, const Objective& objective, d
                            slice(sums, LossSums::hidden_cosine, LossSums::hidden_mse + 1), c.workspace);
     }
     if (recompute_) {
-      student_->block(l).backward_recomputing(c, state.batch, dx, state.hidden[i], dx);
+      student_->block(l).backward_recomputing(own, state.batch, dx, state.hidden[i], dx);
     } else {
-      student_->block(l).backward(c, state.batch, dx, state.hidden[i], state.saved[i], dx);
+      student_->block(l).backward(own, state.batch, dx, state.hidden[i], state.saved[i], dx);
     }
-    if (c.tape != nullptr) {
-      c.tape->end_layer(l);
+    if (own.tape != nullptr) {
+      own.tape->end_layer(l);
     } else if (complete) {
       complete(l);
     }

@@ -94,11 +94,15 @@ void KdaMixer::forward(const Context& c, const TokenBatch& batch, const Tensor& 
   g_inner_.forward(c, h, saved.g_inner);
   g_.forward(c, saved.g_inner, saved.g);
   b_.forward(c, h, saved.b);
+  std::array<kernels::ShortConv, 3> convolutions;
   for (std::size_t i = 0; i < 3; ++i) {
     if (saved.halo[i]) c.sequence->finish_gather_halo(c.stream, halos[i]);
-    kernels::short_conv_forward(c.stream, saved.projected[i].view(by_segment), convolution_weight(static_cast<int>(i)),
-                                saved.halo[i], batch.start, saved.convolved[i].view(by_segment));
+    convolutions[i] = {.x = saved.projected[i].view(by_segment),
+                       .w = convolution_weight(static_cast<int>(i)),
+                       .halo = saved.halo[i],
+                       .y = saved.convolved[i].view(by_segment)};
   }
+  kernels::short_conv_forward(c.stream, convolutions, batch.start);
   const kernels::KdaInputs in = inputs(batch, saved);
   Tensor records;
   if (c.sequence != nullptr) {
@@ -166,17 +170,27 @@ void KdaMixer::backward(const Context& c, const TokenBatch& batch, const Tensor&
   f_inner_.backward(c, df_inner, h, dh, true);
   b_.backward(c, db, h, dh, true);
   // Convolutions and projections of q, k, v.
-  const Tensor d_projected = scratch({tokens, width}, "KDA d_projected");
+  // What else had gradients of this shape is done with.
+  const std::array<Tensor, 3> d_projected{d_normed, dg, df};
+  std::array<kernels::ShortConvGradient, 3> convolutions;
   for (std::size_t i = 0; i < 3; ++i) {
     const Tensor dw = convolutions_[i]->gradient();
-    const Tensor d_halo =
-        saved.halo[i] ? c.workspace.allocate(h.dtype, saved.halo[i].shape, "KDA convolution halo gradient") : Tensor();
-    kernels::short_conv_backward(c.stream, d_convolved[i].view(by_segment), saved.projected[i].view(by_segment),
-                                 convolution_weight(static_cast<int>(i)), saved.halo[i], batch.start,
-                                 d_projected.view(by_segment), dw ? dw.view({width, spec_.conv_width}) : Tensor(),
-                                 d_halo, c.workspace);
-    if (d_halo) c.sequence->return_halo(c.stream, d_halo, d_projected.view(by_segment), c.workspace);
-    projections_[i].backward(c, d_projected, h, dh, true);
+    convolutions[i] = {
+        .dy = d_convolved[i].view(by_segment),
+        .x = saved.projected[i].view(by_segment),
+        .w = convolution_weight(static_cast<int>(i)),
+        .halo = saved.halo[i],
+        .dx = d_projected[i].view(by_segment),
+        .dw = dw ? dw.view({width, spec_.conv_width}) : Tensor(),
+        .dhalo = saved.halo[i] ? scratch(saved.halo[i].shape, "KDA convolution halo gradient") : Tensor(),
+    };
+  }
+  kernels::short_conv_backward(c.stream, convolutions, batch.start, c.workspace);
+  for (std::size_t i = 0; i < 3; ++i) {
+    if (const Tensor& d_halo = convolutions[i].dhalo) {
+      c.sequence->return_halo(c.stream, d_halo, convolutions[i].dx, c.workspace);
+    }
+    projections_[i].backward(c, d_projected[i], h, dh, true);
   }
 }
 

@@ -16,13 +16,13 @@ class Linear {
   std::int64_t inputs() const { return weight_->spec.shape[1]; }
   std::int64_t outputs() const { return weight_->spec.shape[0]; }
 
-  /// x [M, I] -> y [M, O]
+  /// x [M, I] -> y [M, O]; rows of y, and of dy below, may be longer (kernels/linear.h)
   void forward(const Context& c, const Tensor& x, const Tensor& y) const {
     kernels::linear_forward(c.stream, x, weight_->value, bias_ ? bias_->value : Tensor(), y);
   }
   /// dx [M, I] = (accumulate ? dx : 0) + dy w; the weight's gradient is added, or noted on c.tape, unless it is frozen.
   void backward(const Context& c, const Tensor& dy, const Tensor& x, const Tensor& dx, bool accumulate = false) const {
-    kernels::linear_backward_input(c.stream, dy, weight_->value, dx, accumulate);
+    kernels::linear_backward_input(c.stream, dy, weight_->value, dx, accumulate, c.workspace);
     if (c.tape == nullptr) {
       backward_weight(c, dy, x);
     } else if (weight_->trainable || (bias_ != nullptr && bias_->trainable)) {

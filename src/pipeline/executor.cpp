@@ -88,7 +88,7 @@ std::size_t Executor::measure_student(const HostBatch& batch, const SequencePara
       stages_->chunk(i).forward_student(c, state, keep, true);
       Context taping = c;
       if (schedule_.student == StudentWork::split_backward) {
-        tape.begin(keep, job_.recompute);
+        tape.begin(keep, job_.recompute, job_.put_off_layers);
         taping.tape = &tape;
       }
       stages_->chunk(i).backward_student(taping, job_.objective, 1, sums, &teacher, state);
@@ -188,7 +188,7 @@ void Executor::backward(const Context& c, const Task& task, const Step& step) {
   if (receives(task)) stages_->receive(c.stream, slot.state.gradient, MessageKind::gradient);
   Context context = c;
   if (task.kind == TaskKind::backward_input) {
-    slot.tape.begin(slot.memory, job_.recompute);
+    slot.tape.begin(slot.memory, job_.recompute, job_.put_off_layers);
     context.tape = &slot.tape;
   }
   TeacherSlot* teacher = find_teacher(task);

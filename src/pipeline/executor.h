@@ -25,6 +25,7 @@ class Executor {
     Objective objective;
     std::int64_t microbatch_sequences = 1;
     bool recompute = false;
+    std::int64_t put_off_layers = 0;  // of a chunk: those whose weights' gradients a split backward puts off; 0: all
   };
 
   /// Takes slots from `activations` and send buffers from `communication`, for microbatches of `batch`. `stages`

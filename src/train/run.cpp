@@ -291,7 +291,7 @@ class TrainingRun {
     if (!resumed) evaluate(trainer, metrics, at);
     ConsoleProgress console(total_tokens(config_), at.tokens);
     traffic_.emplace(*mesh_);
-    TraceWindow trace(config_.trace, runtime_, *mesh_, folder_ / "trace.json");
+    TraceWindow trace(config_.trace, runtime_, *mesh_, stream(), folder_ / "trace.json");
 
     std::int64_t saved_step = resumed ? at.step : -1;
     const auto save = [&] {

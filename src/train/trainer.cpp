@@ -43,22 +43,28 @@ pipeline::Stages make_stages(const TrainingPlan& plan, Mesh& mesh, const ModelSe
   return pipeline::Stages(mesh[Axis::pipeline], std::move(chunks));
 }
 
-/// Tasks as spans of a trace. One rank's tasks follow each other.
-void trace_tasks(pipeline::Executor& executor) {
-  executor.observer = [begin_ns = std::int64_t{0}](const pipeline::Task& task, bool begins) mutable {
+/// Tasks as spans of a trace, in the time of whoever runs them. One rank's tasks follow each other.
+void trace_tasks(pipeline::Executor& executor, const Stream& stream) {
+  executor.observer = [stream, begin_ns = std::int64_t{0}, mark = trace::no_mark](const pipeline::Task& task,
+                                                                                  bool begins) mutable {
     if (!trace::is_on()) return;
     if (begins) {
+      mark = trace::mark(stream);
       begin_ns = trace::now_ns();
       return;
     }
     trace::Event event;
     event.category = "task";
     event.name = pipeline::name_of(task.kind);
-    event.begin_ns = begin_ns;
-    event.end_ns = trace::now_ns();
     event.microbatch = task.microbatch;
     event.chunk = task.chunk;
     event.step_offset = task.step_offset;
+    if (trace::is_marking(stream)) {
+      trace::record(event, mark, stream);
+      return;
+    }
+    event.begin_ns = begin_ns;
+    event.end_ns = trace::now_ns();
     trace::record(event);
   };
 }
@@ -116,10 +122,11 @@ std::vector<Trainer::StageWork> Trainer::make_works() {
       batches.emplace_back(staging.arena, batch.arena, s.batch_sequences / mesh_.shape().data, s.sequence_length,
                            layout, mesh_.coordinate().sequence);
     }
-    const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute};
+    const pipeline::Executor::Job job{plan_.objectives[i], s.microbatch_sequences, plan_.config.memory.recompute,
+                                      plan_.config.pipeline.put_off_layers};
     pipeline::Executor executor(stages_, schedule, job, batches.front(), context_.sequence, arenas_.activations,
                                 arenas_.communication);
-    trace_tasks(executor);
+    trace_tasks(executor, context_.stream);
     if (exchange_.has_peers()) {
       executor.gradients_complete = [this](std::int64_t layer) {
         // A part alone cannot be summed: sum_gradients() adds the other one first.
@@ -234,13 +241,15 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
                                    context_.workspace);
   tokens = std::max(tokens, 1.0);
 
+  trace::Span clearing("optimizer", "zero gradients", context_.stream);
   models_.student_parameters().zero_gradients(context_.stream);
   kernels::fill_zero(context_.stream, totals_);
+  clearing.end();
   work.executor.run(context_, {&batch, next, 1.0 / tokens, sums_});
-  trace::Span summing("optimizer", "gradient sum");
+  trace::Span summing("optimizer", "gradient sum", context_.stream);
   sum_gradients();
   summing.end();
-  trace::Span measuring("optimizer", "gradient norm");
+  trace::Span measuring("optimizer", "gradient norm", context_.stream);
   const std::string_view counted_elsewhere =
       mesh_.coordinate().pipeline > 0 && plan_.student.tied_embeddings ? embedding_name : std::string_view();
   optimizer_.add_squared_norm(context_, totals_.rows(LossSums::count, LossSums::count + 1), counted_elsewhere);
@@ -253,6 +262,7 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
   if (!dry) {
     copy(context_.stream, totals_, host_totals_);
     synchronize(context_.stream);
+    trace::settle(context_.stream);
     const double* totals = host_totals_.as<double>();
     report.losses = report_losses(objective, totals, plan_.student.layers(), tokens);
     report.gradient_norm = std::sqrt(totals[LossSums::count]);
@@ -262,10 +272,10 @@ StepReport Trainer::accumulate(const SequenceLoader* loader, std::int64_t stage_
 
 void Trainer::update(StepReport& report) {
   if (!std::isfinite(report.losses.total)) return;
-  trace::Span updating("optimizer", "update");
+  trace::Span updating("optimizer", "update", context_.stream);
   report.applied = optimizer_.apply(context_, report.gradient_norm, report.learning_rate).applied;
   updating.end();
-  const trace::Span gathering("optimizer", "weight gather");
+  const trace::Span gathering("optimizer", "weight gather", context_.stream);
   if (report.applied) gather_weights(false);
 }
 

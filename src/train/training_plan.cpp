@@ -5,6 +5,8 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 namespace deltapipe {
 namespace {
 
@@ -166,8 +168,17 @@ double TrainingPlan::flops_per_token(std::size_t i) const {
 pipeline::CostModel TrainingPlan::cost_model(std::size_t i, const pipeline::Speed& speed) const {
   const pipeline::ModelCosts costs = costs_of(*this, i, speed);
   pipeline::Partition stages;
-  for (const LayerRange& r : partition) stages.push_back({r.first, r.last});
-  return pipeline::make_cost_model(stages, costs.layers, costs.embedding, costs.head);
+  std::vector<pipeline::StageCost> layers = costs.layers;
+  const std::int64_t put_off = config.pipeline.put_off_layers;
+  for (const LayerRange& r : partition) {
+    stages.push_back({r.first, r.last});
+    // Weights' gradients of the others come with those of their inputs.
+    for (std::int64_t l = r.first + put_off; put_off > 0 && l < r.last; ++l) {
+      pipeline::StageCost& c = layers[static_cast<std::size_t>(l)];
+      c.backward_input_s += std::exchange(c.backward_weight_s, 0.0);
+    }
+  }
+  return pipeline::make_cost_model(stages, layers, costs.embedding, costs.head);
 }
 
 TrainingPlan make_training_plan(const Config& config, const ModelSpec& student, const ModelSpec* teacher,

@@ -6,6 +6,7 @@
 #include "tests/comm/testing.h"
 
 #include <algorithm>
+#include <array>
 
 namespace deltapipe {
 namespace {
@@ -118,7 +119,7 @@ Results<T> run(const Inputs<T>& in, const SequenceParallel* sp) {
         halo[i] = take({S, W - 1, x[i].dim(2)});
         sp->gather_halo(stream, x[i], halo[i], workspace);
       }
-      kernels::short_conv_forward(stream, x[i], w[i], halo[i], in.start, convolved[i]);
+      kernels::short_conv_forward(stream, std::array{kernels::ShortConv{x[i], w[i], halo[i], convolved[i]}}, in.start);
     }
     const kernels::KdaInputs kda = kda_inputs(in, convolved[0], convolved[1], convolved[2]);
     const Shape by_head{S, L, heads, V};
@@ -146,8 +147,9 @@ Results<T> run(const Inputs<T>& in, const SequenceParallel* sp) {
     const Tensor dy[] = {dq, dk, dv}, dx[] = {out.dq, out.dk, out.dv}, dw[] = {out.dwq, out.dwk, out.dwv};
     for (int i = 0; i < 3; ++i) {
       const Tensor dhalo = sp != nullptr ? take(halo[i].shape) : Tensor();
-      kernels::short_conv_backward(stream, dy[i].view(x[i].shape), x[i], w[i], halo[i], in.start, dx[i], dw[i], dhalo,
-                                   workspace);
+      const std::array convolution{
+          kernels::ShortConvGradient{dy[i].view(x[i].shape), x[i], w[i], halo[i], dx[i], dw[i], dhalo}};
+      kernels::short_conv_backward(stream, convolution, in.start, workspace);
       if (sp != nullptr) sp->return_halo(stream, dhalo, dx[i], workspace);
     }
   });

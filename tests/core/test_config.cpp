@@ -144,6 +144,8 @@ TEST(Config, RefusesMeshesAndPipelinesThatContradictThemselves) {
       {"[mesh]\nlayout = 'ring'\n", "2: key 'mesh.layout': found string \"ring\", accepted: \"contiguous\", "},
       {"[mesh]\ntimeout_s = 0.0\n", "2: key 'mesh.timeout_s': found float 0.0"},
       {"[pipeline]\nchunks = 2\n", "2: key 'pipeline.chunks': found chunks = 2 with schedule = \"1f1b\""},
+      {"[pipeline]\nput_off_layers = 2\n",
+       "2: key 'pipeline.put_off_layers': found put_off_layers = 2 with schedule = \"1f1b\""},
       {"[pipeline]\nlayers = [2, 0]\n", "2: key 'pipeline.layers.1': found integer 0"},
       {"[trace]\nsteps = [3]\n", "2: key 'trace.steps': found [3], accepted: [first, last]"},
       {"[trace]\nsteps = [3, 2]\n", "2: key 'trace.steps': found [3, 2]"},
@@ -457,7 +459,7 @@ TEST(Config, PrintsEveryKeyUnderItsDescription) {
   }
   // run 8, teacher 1, student 3 + 6 + 1 + 17, data 3, memory 3, optimizer 7, checkpoint 2, eval 3 + 6, log 1;
   // 3 for each of two groups, 13 + 9 for each of two stages
-  EXPECT_EQ(keys, 72u + 2 * 3 + 2 * 22);
+  EXPECT_EQ(keys, 73u + 2 * 3 + 2 * 22);
 }
 
 }  // namespace

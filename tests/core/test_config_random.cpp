@@ -100,6 +100,7 @@ class RandomConfig {
     c.mesh.timeout_s = positive();
     pick(c.pipeline.schedule);
     if (c.pipeline.schedule == PipelineSchedule::interleaved) c.pipeline.chunks = integer(1, 8);
+    if (c.pipeline.schedule == PipelineSchedule::zero_bubble) c.pipeline.put_off_layers = size(0);
     pick(c.pipeline.teacher);
     c.pipeline.kept_teacher = size(0);
     c.pipeline.layers = list<std::int64_t>(0, 4, [&] { return size(1); });

@@ -1,4 +1,5 @@
-// CUDA's half of core/device_memory.h.
+// CUDA's half of core/device_memory.h, and of core/trace.h.
+#include "core/trace.h"
 #include "tests/gpu/testing.h"
 
 #include <algorithm>
@@ -57,6 +58,60 @@ TEST_F(DeviceMemoryCuda, AnEventOrdersTwoStreams) {
   EXPECT_TRUE(copied.reached());
   const testing::Owned<double> got = c.host();
   EXPECT_EQ(std::count(got.begin(), got.end(), 2.0), n);
+}
+
+class TraceCuda : public DeviceMemoryCuda {
+ protected:
+  void TearDown() override {
+    trace::stop();
+    trace::clear();
+  }
+  /// A span of the compute stream, of a copy that takes a while.
+  static void copy_traced(const char* name, const Tensor& from, const Tensor& to) {
+    const trace::Span span("copy", name, gpu_stream());
+    copy(gpu_stream(), from, to);
+  }
+};
+
+TEST_F(TraceCuda, SpansHaveTheDevicesTimes) {
+  constexpr std::int64_t n = 1 << 26;
+  const OnDevice a(DType::f32, Shape{n}), b(DType::f32, Shape{n});
+  trace::reserve(16, gpu(), 16);
+  trace::start(gpu_stream());
+  const std::int64_t before = trace::now_ns();
+  copy_traced("first", a, b);
+  copy_traced("second", b, a);
+  { const trace::Span host("host", "host"); }
+  EXPECT_EQ(trace::events().size(), 1u) << "times of the device are known when it has been waited for";
+  trace::settle(gpu_stream());
+  const std::int64_t after = trace::now_ns();
+  const auto events = trace::events();
+  ASSERT_EQ(events.size(), 3u);
+  EXPECT_FALSE(events[0].on_device);
+  EXPECT_EQ(events[1].name, "first");
+  EXPECT_EQ(events[2].name, "second");
+  // Clocks are joined to a few microseconds, on a machine that does nothing else.
+  constexpr std::int64_t slack = 1'000'000;
+  EXPECT_GE(events[1].begin_ns, before - slack);
+  EXPECT_LE(events[1].begin_ns, events[1].end_ns);
+  EXPECT_GE(events[2].begin_ns, events[1].end_ns - 2000);  // float32 milliseconds
+  EXPECT_LE(events[2].end_ns, after + slack);
+}
+
+TEST_F(TraceCuda, MarksAreUsedAgainAndCountedWhenThereAreNone) {
+  const OnDevice a(DType::f32, Shape{64}), b(DType::f32, Shape{64});
+  trace::reserve(100, gpu(), 4);
+  trace::start(gpu_stream());
+  for (int i = 0; i < 10; ++i) {
+    copy_traced("copy", a, b);
+    trace::settle(gpu_stream());
+  }
+  EXPECT_EQ(trace::events().size(), 10u);
+  EXPECT_EQ(trace::dropped(), 0u);
+  for (int i = 0; i < 3; ++i) copy_traced("copy", a, b);
+  trace::settle(gpu_stream());
+  EXPECT_EQ(trace::events().size(), 12u);
+  EXPECT_EQ(trace::dropped(), 1u);
 }
 
 TEST_F(DeviceMemoryCuda, AFullDeviceIsAMemoryErrorThatNamesTheArena) {

@@ -1,6 +1,12 @@
 #include "kernels/distill_loss.h"
 #include "tests/gpu/device.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
 namespace deltapipe {
 namespace {
 
@@ -118,6 +124,39 @@ TEST_P(DistillLossCuda, AnyAddress) {
     expect_cpu({.rows = 5, .classes = 1003, .weights = recipe, .student_shift = student, .teacher_shift = teacher});
     expect_cpu(
         {.rows = 5, .classes = 1003, .weights = all_weights(2), .student_shift = student, .teacher_shift = teacher});
+  }
+}
+
+TEST_P(DistillLossCuda, WhatIsBeyondTheClassesOfARowIsLeftAlone) {
+  const std::int64_t rows = 6;
+  for (const auto& [classes, row] : {std::pair<std::int64_t, std::int64_t>{1003, 1024}, {513, 520}, {300, 301}}) {
+    SCOPED_TRACE(std::to_string(classes) + " classes in rows of " + std::to_string(row));
+    const std::int64_t n = classes, length = row;
+    const auto lengthen = [&](const Owned<double>& logits) {
+      Owned<double> out({rows, length});
+      out.fill(std::numeric_limits<double>::quiet_NaN());
+      for (std::int64_t r = 0; r < rows; ++r) {
+        std::copy_n(logits.begin() + r * n, n, out.begin() + r * length);
+      }
+      return out;
+    };
+    const Owned<double> student = normal({rows, n}), teacher = normal({rows, n});
+    Owned<std::int32_t> labels({rows});
+    for (std::int64_t r = 0; r < rows; ++r) labels[r] = r == 3 ? -1 : static_cast<std::int32_t>(r * 11);
+    const OnDevice s = upload(student), t = upload(teacher), l(labels), sums = start_sums(),
+                   long_s = upload(lengthen(student)), long_t = upload(lengthen(teacher)), long_sums = start_sums();
+    kernels::distill_loss(stream(), all_weights(2), s, t, l, 1, true, sums, workspace());
+    kernels::distill_loss(stream(), all_weights(2), long_s, long_t, l, 1, true, long_sums, workspace(), n);
+    // Threads take other elements where rows begin elsewhere, so float sums differ in their order.
+    const Owned<double> got = long_sums.host(), expected = sums.host();
+    for (int k = 0; k < LossSum::count; ++k) EXPECT_NEAR(got[k], expected[k], 1e-5 * std::abs(expected[k])) << k;
+    const Owned<double> gradient = s.host(), long_gradient = long_s.host();
+    Owned<double> head({rows, n});
+    for (std::int64_t r = 0; r < rows; ++r) {
+      std::copy_n(long_gradient.begin() + r * length, n, head.begin() + r * n);
+      for (std::int64_t j = n; j < length; ++j) ASSERT_TRUE(std::isnan(long_gradient[r * length + j])) << r << " " << j;
+    }
+    EXPECT_LT(relative_rms(head, gradient), std::max(tolerance(), 1e-5));
   }
 }
 

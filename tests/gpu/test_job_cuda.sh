@@ -77,7 +77,9 @@ tokens = 4096
 T
 mesh=()
 [ "$ranks" -eq 1 ] || mesh=(--set mesh.sequence=2 --set mesh.pipeline=$((ranks / 2)))
-launcher=("$root/launch/mpirun.sh" -n "$ranks" --share-gpus job.toml "${mesh[@]}")
+share=()
+[ "$ranks" -le "$(nvidia-smi -L 2>/dev/null | wc -l)" ] || share=(--share-gpus)
+launcher=("$root/launch/mpirun.sh" -n "$ranks" "${share[@]}" job.toml "${mesh[@]}")
 launch() { "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1; }
 begin() {  # in the background; $job is the launcher
   "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1 &

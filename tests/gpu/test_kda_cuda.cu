@@ -115,7 +115,8 @@ struct Case {
 
 struct Truth {
   Doubles o, state, dq, dk, dv, df, db, da_log, ddt_bias, dstate;
-  double da_log_size = 0;  // root of the sum of squares of da_log's terms
+  // Of da_log's terms, by head: a channel's sum of sizes, over channels the root of the sum of squares.
+  Doubles da_log_size;
 };
 
 /// x -> x / |x| and its reciprocal norm.
@@ -134,6 +135,7 @@ Truth recurrence(const Case& c) {
   out.o.resize(wide), out.dq.resize(wide), out.dk.resize(wide), out.dv.resize(wide), out.df.resize(wide);
   out.db.resize(c.b.size()), out.da_log.resize(c.a_log.size()), out.ddt_bias.resize(c.dt_bias.size());
   out.state.resize(c.state_in.size()), out.dstate.resize(c.state_in.size());
+  Doubles da_sizes(c.dt_bias.size());
   Doubles states(size * (c.length + 1)), q(D), k(D), decayed(size), rest(D), x(D), dq(D), dk(D);
   for (int s = 0; s < c.segments; ++s) {
     for (int h = 0; h < c.heads; ++h) {
@@ -216,7 +218,7 @@ Truth recurrence(const Case& c) {
           out.df[at + i] = dg * slope;
           out.ddt_bias[h * D + i] += dg * slope;
           out.da_log[h] += da;
-          out.da_log_size += da * da;
+          da_sizes[h * D + i] += std::abs(da);
           along_q += q[i] * dq[i];
           along_k += k[i] * dk[i];
         }
@@ -229,7 +231,11 @@ Truth recurrence(const Case& c) {
       std::copy(ds.begin(), ds.end(), out.dstate.begin() + static_cast<std::ptrdiff_t>(state_at));
     }
   }
-  out.da_log_size = std::sqrt(out.da_log_size);
+  out.da_log_size.assign(out.da_log.size(), 0);
+  for (std::size_t i = 0; i < da_sizes.size(); ++i) {
+    out.da_log_size[i / static_cast<std::size_t>(D)] += da_sizes[i] * da_sizes[i];
+  }
+  for (double& size : out.da_log_size) size = std::sqrt(size);
   return out;
 }
 
@@ -283,9 +289,8 @@ class Call {
   void maps(Results& r, const Device<std::uint8_t>& records) const {
     const std::size_t size = c.state_in.size();
     const Device<float> m(size), e(size), mapped(size), mapped_back(size);
-    const Device<std::uint8_t> workspace(map_workspace(p) + 1);
     const int n = c.segments * c.heads;
-    check(segment_map(p, records.get(), m.get(), e.get(), workspace.get(), nullptr));
+    check(segment_map(p, records.get(), m.get(), e.get(), nullptr));
     check(multiply_add(n, c.dim, c.dim, m.get(), false, state_in.get(), e.get(), mapped.get(), nullptr));
     r.m = m.host(), r.e = e.host();
     check(backward_map(p, records.get(), d_o.get(), e.get(), nullptr));
@@ -331,12 +336,15 @@ void expect_same_bits(const Results& a, const Results& b) {
 }
 
 // What this field accepts of bf16 inputs and operands: each rounding is 2^-9 at most, 1e-3 in the mean, and a result
-// meets a few of them. da_log is a sum of signed terms: relative to the root of the sum of their squares.
-void expect_truth(const Case& c, const std::string& what) {
+// meets a few of them. da_log is a sum of signed terms. What is wrong with a state is wrong for many tokens, so the
+// errors of a channel's terms add up like their sizes, those of channels like independent ones (da_log_size): 0.002 of
+// that in the mean of 570 cases, 0.013 at most.
+constexpr double usual = 5e-3, kept_writes = 6e-3;  // of outputs; where little decays, states keep what rounding did
+void expect_truth(const Case& c, const std::string& what, double outputs = usual, bool keep_records = false) {
   SCOPED_TRACE(what);
   const Truth t = recurrence(c);
-  const Results r = run(c);
-  EXPECT_LT(relative_rms(r.o, t.o), 5e-3);
+  const Results r = run(c, keep_records);
+  EXPECT_LT(relative_rms(r.o, t.o), outputs);
   EXPECT_LT(relative_rms(r.state, t.state), 5e-3);
   EXPECT_LT(relative_rms(r.mapped, t.state), 5e-3);
   EXPECT_LT(relative_rms(r.dq, t.dq), 8e-3);
@@ -348,7 +356,7 @@ void expect_truth(const Case& c, const std::string& what) {
   EXPECT_LT(relative_rms(r.df, t.df), 2e-2);
   EXPECT_LT(relative_rms(r.ddt_bias, t.ddt_bias), 8e-3);
   for (std::size_t h = 0; h < t.da_log.size(); ++h) {
-    EXPECT_NEAR(static_cast<double>(r.da_log[h]), t.da_log[h], 2e-2 * (t.da_log_size + std::abs(t.da_log[h])));
+    EXPECT_NEAR(static_cast<double>(r.da_log[h]), t.da_log[h], 2e-2 * t.da_log_size[h]);
   }
 }
 
@@ -373,7 +381,7 @@ TEST_P(KdaCuda, AnyLength) {
 TEST_P(KdaCuda, Regimes) {
   expect_truth(Case(random, 1, 130, 2, GetParam(), {.bound = -5, .dt_mean = 0}), "bounded gate");
   expect_truth(Case(random, 1, 130, 2, GetParam(), {.f_scale = 40, .dt_mean = 0}), "decays from none to total");
-  expect_truth(Case(random, 1, 130, 2, GetParam(), {.dt_mean = -25}), "decay near none");
+  expect_truth(Case(random, 1, 130, 2, GetParam(), {.dt_mean = -25}), "decay near none", kept_writes);
   expect_truth(Case(random, 1, 130, 2, GetParam(), {.b_mean = -8}), "beta near 0");
   expect_truth(Case(random, 1, 130, 2, GetParam(), {.b_mean = 8}), "beta near 1");
 }
@@ -396,10 +404,18 @@ TEST_P(KdaCuda, NumbersOfHeads) {
 
 // A map joins the maps of pieces of eight chunks at least.
 TEST_P(KdaCuda, LongSegments) {
-  expect_truth(Case(random, 1, 1100, 2, GetParam(), {.dt_mean = -7}), "length 1100");
+  expect_truth(Case(random, 1, 1100, 2, GetParam(), {.dt_mean = -7}), "length 1100", kept_writes);
   Case c(random, 2, 1030, 1, GetParam(), {.dt_mean = -9});
   c.pack(0, {-3, 700});
-  expect_truth(c, "packed, length 1030");
+  expect_truth(c, "packed, length 1030", kept_writes);
+}
+
+// The forward scan that follows a map walks the map's pieces side by side.
+TEST_P(KdaCuda, PiecesSideBySide) {
+  expect_truth(Case(random, 1, 1100, 2, GetParam(), {.dt_mean = -7}), "length 1100", kept_writes, true);
+  Case c(random, 2, 2050, 1, GetParam(), {.dt_mean = -5});
+  c.pack(0, {-3, 700, 1024, 1100});
+  expect_truth(c, "packed, length 2050", kept_writes, true);
 }
 
 TEST_P(KdaCuda, KeptRecordsChangeNoBit) {

@@ -3,6 +3,10 @@
 #include "kernels/settings.h"
 #include "tests/gpu/testing.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 namespace deltapipe {
 namespace {
 
@@ -60,8 +64,8 @@ TEST_P(LinearCuda, BackwardInput) {
         dx.poison();
         truth.fill(0);
       }
-      kernels::linear_backward_input(Stream::cpu(), dy, w, truth, true);
-      kernels::linear_backward_input(gpu_stream(), ddy, dw, dx, accumulate);
+      kernels::linear_backward_input(Stream::cpu(), dy, w, truth, true, testing::no_workspace());
+      kernels::linear_backward_input(gpu_stream(), ddy, dw, dx, accumulate, testing::no_workspace());
       EXPECT_LT(testing::relative_rms(dx.host(), truth), tolerance_of(truth, accumulate));
     }
   }
@@ -100,11 +104,72 @@ TEST_P(LinearCuda, RowsAtAnyAddress) {
   for (std::int64_t i = 0; i < out; ++i) EXPECT_TRUE(std::isnan(got[i])) << "the row before was written";
 }
 
+/// `values` with `more` columns of NaN.
+Owned<double> lengthened(const Owned<double>& values, std::int64_t columns, std::int64_t more) {
+  const std::int64_t rows = values.size() / columns;
+  Owned<double> out({rows, columns + more});
+  out.fill(std::numeric_limits<double>::quiet_NaN());
+  for (std::int64_t t = 0; t < rows; ++t) {
+    std::copy_n(values.begin() + t * columns, columns, out.begin() + t * (columns + more));
+  }
+  return out;
+}
+
+TEST_P(LinearCuda, WhatIsBeyondTheOutputsOfARowIsLeftAlone) {
+  // Outputs that are no multiple of 16 bytes in rows that are: cut products; whole ones, where the inputs or the rows
+  // are none either or the outputs too few.
+  struct Rows {
+    Size size;
+    std::int64_t row;
+  };
+  const Rows cases[] = {{{300, 64, 1004}, 1024}, {{129, 200, 517}, 520}, {{65, 37, 258}, 320}, {{2100, 64, 261}, 264},
+                        {{77, 40, 515}, 517},    {{50, 24, 3}, 64},      {{64, 2560, 4}, 64},  {{2, 1032, 15}, 64}};
+  for (const auto& [size, row] : cases) {
+    const auto& [m, in, out] = size;
+    SCOPED_TRACE(::testing::Message() << m << " x " << in << " x " << out << " in rows of " << row);
+    const Owned<double> x = normal(dtype(), {m, in}), w = normal(dtype(), {out, in}), bias = normal(dtype(), {out}, 9),
+                        dy = normal(dtype(), {m, out});
+    const OnDevice gx(dtype(), x), gw(dtype(), w), gb(dtype(), bias), gdy(dtype(), lengthened(dy, out, row - out));
+    for (const bool with_bias : {false, true}) {
+      Owned<double> truth({m, out});
+      kernels::linear_forward(Stream::cpu(), x, w, with_bias ? bias.tensor() : Tensor(), truth);
+      const OnDevice y(dtype(), Shape{m, row});
+      kernels::linear_forward(gpu_stream(), gx, gw, with_bias ? gb.tensor() : Tensor(), y);
+      const Owned<double> got = y.host();
+      Owned<double> head({m, out});
+      for (std::int64_t t = 0; t < m; ++t) {
+        std::copy_n(got.begin() + t * row, out, head.begin() + t * out);
+        for (std::int64_t o = out; o < row; ++o) ASSERT_TRUE(std::isnan(got[t * row + o])) << t << " " << o;
+      }
+      EXPECT_LT(testing::relative_rms(head, truth), tolerance_of(truth, with_bias));
+    }
+    for (const bool accumulate : {false, true}) {
+      Owned<double> truth = normal(dtype(), {m, in}, 20);
+      OnDevice dx(dtype(), truth);
+      if (!accumulate) {
+        dx.poison();
+        truth.fill(0);
+      }
+      kernels::linear_backward_input(Stream::cpu(), dy, w, truth, true, testing::no_workspace());
+      testing::with_planned_workspace([&](const Stream& stream, Arena& workspace) {
+        kernels::linear_backward_input(stream, gdy, gw, dx, accumulate, workspace);
+      });
+      EXPECT_LT(testing::relative_rms(dx.host(), truth), tolerance_of(truth, accumulate));
+    }
+    Owned<double> dw = normal(DType::f32, {out, in}, 5), db = normal(DType::f32, {out}, 5);
+    const OnDevice sums(DType::f32, dw), bias_sums(DType::f32, db);
+    kernels::linear_backward_weight(Stream::cpu(), dy, x, dw, db);
+    kernels::linear_backward_weight(gpu_stream(), gdy, gx, sums, bias_sums);
+    EXPECT_LT(testing::relative_rms(sums.host(), dw), tolerance_of_sums);
+    EXPECT_LT(testing::relative_rms(bias_sums.host(), db), tolerance_of_sums);
+  }
+}
+
 TEST_P(LinearCuda, NoRowsGiveNothing) {
   const Owned<double> w = normal(dtype(), {3, 4}), zeros = Owned<double>({3, 4}).fill(0);
   const OnDevice x(dtype(), Shape{0, 4}), y(dtype(), Shape{0, 3}), dw(dtype(), w), sums(DType::f32, zeros);
   kernels::linear_forward(gpu_stream(), x, dw, Tensor(), y);
-  kernels::linear_backward_input(gpu_stream(), y, dw, x, false);
+  kernels::linear_backward_input(gpu_stream(), y, dw, x, false, testing::no_workspace());
   kernels::linear_backward_weight(gpu_stream(), y, x, sums, Tensor());
   EXPECT_EQ(testing::relative_rms(sums.host(), zeros), 0.0);
 }

@@ -4,7 +4,9 @@
 #include "tests/kernels/testing.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <span>
 
@@ -519,6 +521,39 @@ TEST(DistillLoss, BitsDoNotDependOnThreads) {
   EXPECT_EQ(std::memcmp(gradients[0].begin(), gradients[1].begin(), sizeof(float) * m * n), 0);
   EXPECT_EQ(std::memcmp(sums[0].begin(), sums[1].begin(), sizeof(double) * LossSum::count), 0);
   expect_sums(sums[0], reference(w, student, teacher, labels), 2e-6, "many tasks");
+}
+
+TEST(DistillLoss, WhatIsBeyondTheClassesOfARowIsLeftAlone) {
+  RandomStream r(testing::test_seed(), "data");
+  const std::int64_t m = 7, n = 533, row = 576;
+  Owned<double> student({m, n}), teacher({m, n}), long_student({m, row}), long_teacher({m, row});
+  student.normal(r);
+  teacher.normal(r);
+  for (Owned<double>* t : {&long_student, &long_teacher}) t->fill(std::numeric_limits<double>::quiet_NaN());
+  for (std::int64_t i = 0; i < m; ++i) {
+    std::copy_n(student.begin() + i * n, n, long_student.begin() + i * row);
+    std::copy_n(teacher.begin() + i * n, n, long_teacher.begin() + i * row);
+  }
+  const auto labels = some_labels(r, m, n);
+  const DistillWeights w = all_weights(2, 0.3f);
+  const Sums expected = evaluate(w, student, teacher, labels);
+  const Owned<double> gradient = gradient_of(w, student, teacher, labels);
+  Sums sums = zero_sums();
+  kernels::distill_loss(Stream::cpu(), w, long_student, long_teacher, labels, 1.0, true, sums, testing::no_workspace(),
+                        n);
+  for (int k = 0; k < LossSum::count; ++k) EXPECT_EQ(sums[k], expected[k]) << k;
+  for (std::int64_t i = 0; i < m; ++i) {
+    for (std::int64_t j = 0; j < row; ++j) {
+      if (j < n) {
+        EXPECT_EQ(long_student[i * row + j], gradient[i * n + j]);
+      } else {
+        EXPECT_TRUE(std::isnan(long_student[i * row + j]));
+      }
+    }
+  }
+  EXPECT_THROW(kernels::distill_loss(Stream::cpu(), w, long_student, long_teacher, labels, 1.0, true, sums,
+                                     testing::no_workspace(), row + 1),
+               InternalError);
 }
 
 TEST(DistillLoss, BrokenContractsThrow) {

@@ -3,11 +3,15 @@
 #include "core/parallel.h"
 #include "tests/kernels/testing.h"
 
+#include <array>
 #include <cstring>
+#include <vector>
 
 namespace deltapipe {
 namespace {
 
+using kernels::ShortConv;
+using kernels::ShortConvGradient;
 using testing::Owned;
 
 struct Conv {
@@ -61,11 +65,15 @@ Owned<double> definition(const Conv& c) {
   return y;
 }
 
+std::array<ShortConv, 1> one(const Tensor& x, const Tensor& w, const Tensor& halo, const Tensor& y) {
+  return {{{x, w, halo, y}}};
+}
+
 template <class T>
 Owned<T> forward(const Conv& c) {
   Owned<T> y({c.s, c.l, c.d});
   const auto x = c.x.cast<T>(), taps = c.taps.cast<T>(), halo = c.halo.cast<T>();
-  kernels::short_conv_forward(Stream::cpu(), x, taps, c.w > 1 ? halo.tensor() : Tensor(), c.start, y);
+  kernels::short_conv_forward(Stream::cpu(), one(x, taps, c.w > 1 ? halo.tensor() : Tensor(), y), c.start);
   return y;
 }
 
@@ -89,19 +97,31 @@ TEST(ShortConv, WithoutHaloItIsZero) {
   c.halo.fill(0);
   const auto expected = forward<double>(c);
   Owned<double> y(c.x.shape());
-  kernels::short_conv_forward(Stream::cpu(), c.x, c.taps, Tensor(), c.start, y);
+  kernels::short_conv_forward(Stream::cpu(), one(c.x, c.taps, Tensor(), y), c.start);
   EXPECT_LT(testing::relative_rms(y, expected), 1e-15);
 }
 
 struct Gradients {
   Owned<double> dx, dw, dhalo;
 };
-Gradients backward(const Conv& c) {
+ShortConvGradient gradient_call(const Conv& c, Gradients& g) {
+  const bool halo = c.w > 1;
+  return {.dy = c.dy,
+          .x = c.x,
+          .w = c.taps,
+          .halo = halo ? c.halo.tensor() : Tensor(),
+          .dx = g.dx,
+          .dw = g.dw,
+          .dhalo = halo ? g.dhalo.tensor() : Tensor()};
+}
+Gradients zero_gradients(const Conv& c) {
   Gradients g{Owned<double>(c.x.shape()), Owned<double>(c.taps.shape()), Owned<double>(c.halo.shape())};
   g.dw.fill(0);
-  const bool halo = c.w > 1;
-  kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, halo ? c.halo.tensor() : Tensor(), c.start, g.dx, g.dw,
-                               halo ? g.dhalo.tensor() : Tensor(), testing::no_workspace());
+  return g;
+}
+Gradients backward(const Conv& c) {
+  Gradients g = zero_gradients(c);
+  kernels::short_conv_backward(Stream::cpu(), std::array{gradient_call(c, g)}, c.start, testing::no_workspace());
   return g;
 }
 
@@ -117,14 +137,59 @@ TEST(ShortConv, GradientsMatchFiniteDifferences) {
     if (width > 1) testing::expect_gradient(c.halo, g.dhalo, loss, "dhalo");
     // dw accumulates, and an absent dw or dhalo changes nothing else.
     Gradients again = g;
-    kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, width > 1 ? c.halo.tensor() : Tensor(), c.start,
-                                 again.dx, again.dw, Tensor(), testing::no_workspace());
+    ShortConvGradient call = gradient_call(c, again);
+    call.dhalo = Tensor();
+    kernels::short_conv_backward(Stream::cpu(), std::array{call}, c.start, testing::no_workspace());
     for (std::int64_t i = 0; i < g.dw.size(); ++i) EXPECT_NEAR(again.dw[i], 2 * g.dw[i], 1e-12 * std::abs(g.dw[i]));
     EXPECT_EQ(testing::relative_rms(again.dx, g.dx), 0.0);
-    kernels::short_conv_backward(Stream::cpu(), c.dy, c.x, c.taps, width > 1 ? c.halo.tensor() : Tensor(), c.start,
-                                 again.dx, Tensor(), Tensor(), testing::no_workspace());
+    call.dw = Tensor();
+    kernels::short_conv_backward(Stream::cpu(), std::array{call}, c.start, testing::no_workspace());
     EXPECT_EQ(testing::relative_rms(again.dx, g.dx), 0.0);
   }
+}
+
+TEST(ShortConv, SeveralAtOnceAreEachAlone) {
+  RandomStream r(testing::test_seed(), "data");
+  std::vector<Conv> all;
+  for (int i = 0; i < 3; ++i) all.emplace_back(r, 2, 21, 19, 4);
+  std::vector<Owned<double>> y;
+  std::vector<Gradients> g;
+  std::vector<ShortConv> forwards;
+  std::vector<ShortConvGradient> backwards;
+  for (const Conv& c : all) {
+    y.emplace_back(c.x.shape());
+    g.push_back(zero_gradients(c));
+  }
+  for (std::size_t i = 0; i < 3; ++i) {
+    forwards.push_back({all[i].x, all[i].taps, all[i].halo, y[i]});
+    backwards.push_back(gradient_call(all[i], g[i]));
+  }
+  kernels::short_conv_forward(Stream::cpu(), forwards, all[0].start);
+  kernels::short_conv_backward(Stream::cpu(), backwards, all[0].start, testing::no_workspace());
+  for (std::size_t i = 0; i < 3; ++i) {
+    Conv& c = all[i];
+    c.start = all[0].start;
+    const Gradients alone = backward(c);
+    EXPECT_EQ(testing::relative_rms(y[i], forward<double>(c)), 0.0) << i;
+    EXPECT_EQ(testing::relative_rms(g[i].dx, alone.dx), 0.0) << i;
+    EXPECT_EQ(testing::relative_rms(g[i].dw, alone.dw), 0.0) << i;
+    EXPECT_EQ(testing::relative_rms(g[i].dhalo, alone.dhalo), 0.0) << i;
+  }
+}
+
+TEST(ShortConv, ConvolutionsOfOneCallHaveOneShape) {
+  RandomStream r(testing::test_seed(), "data");
+  const Conv c(r, 1, 4, 3, 4), wider(r, 1, 4, 5, 4), more_taps(r, 1, 4, 3, 5);
+  Owned<double> y(c.x.shape()), wide_y(wider.x.shape());
+  const ShortConv call{c.x, c.taps, c.halo, y};
+  const auto run = [&](const std::vector<ShortConv>& calls) {
+    kernels::short_conv_forward(Stream::cpu(), calls, c.start);
+  };
+  EXPECT_NO_THROW(run({call, call}));
+  EXPECT_THROW(run({call, {wider.x, wider.taps, wider.halo, wide_y}}), InternalError);
+  EXPECT_THROW(run({call, {more_taps.x, more_taps.taps, more_taps.halo, y}}), InternalError);
+  EXPECT_THROW(run({}), InternalError);
+  EXPECT_THROW(run({call, call, call, call}), InternalError);
 }
 
 // A document cut behind its 12th token: the second part's halo is the first part's last rows, and its dhalo is what
@@ -179,7 +244,7 @@ TEST(ShortConv, RejectsWidthsOutsideOneToEight) {
   RandomStream r(testing::test_seed(), "data");
   const Conv c(r, 1, 4, 3, 9);
   Owned<double> y(c.x.shape());
-  EXPECT_THROW(kernels::short_conv_forward(Stream::cpu(), c.x, c.taps, c.halo, c.start, y), InternalError);
+  EXPECT_THROW(kernels::short_conv_forward(Stream::cpu(), one(c.x, c.taps, c.halo, y), c.start), InternalError);
 }
 
 }  // namespace

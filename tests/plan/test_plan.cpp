@@ -45,6 +45,23 @@ TEST(RunPlan, SharesAndMemoryOfEveryRank) {
   EXPECT_LT(optimizer(plan, 0).second, optimizer(alone, 0).second);
 }
 
+// Of four layers on two ranks: weights' gradients of both layers of a rank put off, or of one.
+TEST(RunPlan, PuttingOffFewerLayersTakesLessMemoryAndFillsLessOfTheBubbles) {
+  const auto plan = [](const std::string& schedule) {
+    return make_run_plan(tiny_plan({1, 2, 1}, "[memory]\nrecompute = true\n[pipeline]\n" + schedule));
+  };
+  const RunPlan all = plan("schedule = 'zero_bubble'\n"), one = plan("schedule = 'zero_bubble'\nput_off_layers = 1\n"),
+                two = plan("schedule = 'zero_bubble'\nput_off_layers = 2\n"), none = plan("");
+  for (std::size_t rank = 0; rank < 2; ++rank) {
+    EXPECT_LT(one.memory[rank].total(), all.memory[rank].total());
+    EXPECT_GT(one.memory[rank].total(), none.memory[rank].total());
+    EXPECT_EQ(two.memory[rank].total(), all.memory[rank].total());
+  }
+  const auto bubble = [](const RunPlan& p) { return p.times.front().simulation.bubble; };
+  EXPECT_GT(bubble(one), bubble(all));
+  EXPECT_LT(bubble(one), bubble(none));
+}
+
 TEST(RunPlan, TimeFollowsTheDevice) {
   const TrainingPlan training = tiny_plan({1, 2, 1});
   DeviceSpeed slow, fast;

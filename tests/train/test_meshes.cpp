@@ -317,6 +317,7 @@ TEST(Meshes, RandomLegalSchedulesChangeNothing) {
       MeshJob job(c, mesh, DType::f32, 4, [&](TrainingPlan& plan) {
         if (!drawn) return;
         plan.schedules[0] = pipeline::random_legal_schedule(seed, ranks, c.chunks, 8, work, teacher);
+        plan.config.pipeline.put_off_layers = static_cast<std::int64_t>(seed % 3);
       });
       std::vector<double> losses;
       for (std::int64_t n = 0; n < 3; ++n) losses.push_back(job.step(n).losses.total);

@@ -3,7 +3,7 @@
 set -euo pipefail
 
 # cudnn-frontend's CUDA graphs and runtime-compiled norms, which no operation of ours reaches.
-unreached='^(cudaGetDriverEntryPointByVersion|cudaGraphRetainUserObject|cudaLibrary.*|cudaUserObject.*'
+unreached='^(cudaGraphRetainUserObject|cudaLibrary.*|cudaUserObject.*'
 unreached+='|cudaThreadExchangeStreamCaptureMode)$'
 
 wanted=$(nm -D --undefined-only "$1" | grep -oE '\b_?_?(cuda|cublas|cudnn|nccl)[A-Za-z0-9_]*' | sort -u)

@@ -8,6 +8,8 @@
 #include "tests/gpu/stand_in/order.h"
 #include "tests/gpu/stand_in/stand_in.h"
 
+#include <cuda.h>
+
 #include <cxxabi.h>
 #include <elf.h>
 #include <sys/mman.h>
@@ -203,7 +205,12 @@ bool is_wrong_address(std::uintptr_t word, bool in_struct) {
   constexpr std::uintptr_t lowest = std::uintptr_t{1} << 32, highest = std::uintptr_t{1} << 47;
   if (word < lowest || word >= highest) return false;
   const auto* address = reinterpret_cast<const void*>(word);
-  if (is_on_device(address)) return device_of(address) != current_device() && (!in_struct || was_ever_used(address));
+  // Half of an allocation's address above a small number, where allocations begin at multiples of 4 GiB.
+  const auto low = static_cast<std::uint32_t>(word);
+  const bool is_number = in_struct && low > 0 && low < 4096 && device_of(address) < 0;
+  if (is_on_device(address)) {
+    return device_of(address) != current_device() && !is_number && (!in_struct || was_ever_used(address));
+  }
   return !is_page_locked(address) && (!in_struct || word % sizeof(float) == 0) && is_mapped(word);
 }
 
@@ -412,6 +419,44 @@ STAND_IN cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const
   const cudaKernel_t kernel = find_kernel(function, "cudaLaunchKernelExC");
   return launch(kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
                 cluster_of(kernel, *config), config->stream);
+}
+
+/// Tensor maps, by which kernels move boxes: the driver's checks of those of bfloat16, and that the tensor is device
+/// memory. What they hold stays empty.
+static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* tensor,
+                             const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                             const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
+                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  const std::lock_guard lock(mutex());
+  constexpr const char* call = "cuTensorMapEncodeTiled";
+  if (type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank < 1 || rank > 5) {
+    return refuse(CUDA_ERROR_INVALID_VALUE, "{}: not a bfloat16 tensor of 1 to 5 dimensions", call);
+  }
+  std::size_t bytes = 2 * sizes[0];
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] < 1 || box[i] < 1 || box[i] > 256 || steps[i] < 1) {
+      return refuse(CUDA_ERROR_INVALID_VALUE, "{}: size {} and box {} of dimension {}", call, sizes[i], box[i], i);
+    }
+    if (i == 0) continue;
+    if (strides[i - 1] % 16 != 0) {
+      return refuse(CUDA_ERROR_INVALID_VALUE, "{}: {} bytes to the next of dimension {}", call, strides[i - 1], i);
+    }
+    bytes += (sizes[i] - 1) * strides[i - 1];
+  }
+  if (reinterpret_cast<std::uintptr_t>(tensor) % 16 != 0 ||
+      (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && 2 * box[0] > 128)) {
+    return refuse(CUDA_ERROR_INVALID_VALUE, "{}: an address of {}, boxes {} wide", call, describe(tensor), box[0]);
+  }
+  if (!is_device_range(tensor, bytes, call)) return CUDA_ERROR_INVALID_VALUE;
+  *map = {};
+  return CUDA_SUCCESS;
+}
+STAND_IN cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                                      cudaDriverEntryPointQueryResult* found) {
+  const bool known = std::string_view(name) == "cuTensorMapEncodeTiled";
+  *function = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+  if (found != nullptr) *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
 }
 
 STAND_IN cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {

@@ -4,12 +4,16 @@
 #include "tests/data/testing.h"
 
 #include <fmt/format.h>
+#include <nlohmann/json.hpp>
 
 #include <cmath>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <ostream>
+#include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace deltapipe {
@@ -95,6 +99,10 @@ class Training : public ::testing::Test {
     ASSERT_TRUE(fs::exists(last_checkpoint() / "manifest.json")) << outcome;
   }
   fs::path last_checkpoint() const { return folder_ / "runs/job/checkpoints/step-00000005"; }
+  nlohmann::json trace() const {
+    std::ifstream file(folder_ / "runs/job/trace.json");
+    return nlohmann::json::parse(file);
+  }
 
  private:
   testing::TemporaryFolder folder_;
@@ -125,6 +133,70 @@ TEST_P(Ways, AJobRunsToItsEnd) {
     for (const float x : values) ASSERT_TRUE(is_moment ? x == 0 : std::isfinite(x)) << name << ": " << x;
   }
 }
+
+/// Spans of a rank's track: within each other or apart.
+struct Nesting {
+  std::vector<double> ends;
+  bool takes(double begin, double end) {
+    constexpr double rounding_us = 0.002;
+    while (!ends.empty() && ends.back() <= begin + rounding_us) ends.pop_back();
+    const bool fits = ends.empty() || end <= ends.back() + rounding_us;
+    ends.push_back(end);
+    return fits;
+  }
+};
+
+class Traces : public Training, public ::testing::WithParamInterface<Way> {};
+
+// What ran has the device's times: tasks and what holds them up on the compute stream, messages on their own streams,
+// each of which is one track; calls are the host's. Messages add up to what the calls sent.
+TEST_P(Traces, HaveATrackForEveryStream) {
+  Words settings = GetParam().settings;
+  settings.push_back("trace.steps=[3, 5]");
+  train(mpirun(2), settings);
+  std::map<std::pair<int, int>, std::string> names;
+  std::map<std::pair<int, int>, Nesting> tracks;
+  std::map<std::string, int> categories;
+  using Sent = std::map<std::tuple<int, int, std::string>, std::uint64_t>;  // rank, step, purpose
+  Sent called, transferred;
+  const nlohmann::json all = trace();
+  EXPECT_EQ(all.at("otherData").at("dropped_events"), 0);
+  for (const auto& e : all.at("traceEvents")) {
+    if (e.at("name") == "thread_name") names[{e.at("pid"), e.at("tid")}] = e.at("args").at("name");
+  }
+  for (const auto& e : all.at("traceEvents")) {
+    if (e.at("ph") != "X") continue;
+    const std::pair<int, int> track{e.at("pid"), e.at("tid")};
+    const std::string category = e.at("cat"), name = e.at("name");
+    const double begin = e.at("ts"), length = e.at("dur");
+    ++categories[category];
+    EXPECT_GE(begin, 0);
+    EXPECT_GE(length, 0);
+    EXPECT_TRUE(tracks[track].takes(begin, begin + length)) << name << " on " << names[track];
+    const bool is_compute = category == "task" || category == "optimizer" || category == "communication";
+    const bool is_transfer = category == "transfer";
+    const std::string kind = is_compute ? "tasks" : is_transfer ? "communication: " : "host";
+    EXPECT_EQ(names[track].substr(0, kind.size()), kind) << name << " on " << names[track];
+    if (category != "call" && !is_transfer) continue;
+    const auto& a = e.at("args");
+    if (a.at("axis") == "world") continue;  // host memory, too, whose messages are no transfers
+    const std::uint64_t bytes = a.at("bytes");
+    if (bytes > 0) (is_transfer ? transferred : called)[{track.first, a.at("step"), a.at("purpose")}] += bytes;
+  }
+  for (const char* category : {"step", "task", "optimizer", "communication", "transfer", "call", "checkpoint"}) {
+    EXPECT_GT(categories[category], 0) << category;
+  }
+  std::erase_if(called, [](const auto& entry) { return std::get<2>(entry.first) == "control"; });
+  std::erase_if(transferred, [](const auto& entry) { return std::get<2>(entry.first) == "control"; });
+  EXPECT_FALSE(called.empty());
+  EXPECT_EQ(transferred, called);
+}
+
+INSTANTIATE_TEST_SUITE_P(Jobs, Traces,
+                         ::testing::Values(Way{"data", 2, {"mesh.data=2"}},
+                                           Way{"pipeline", 2, {"mesh.pipeline=2", "pipeline.teacher=ahead"}},
+                                           Way{"sequence", 2, {"mesh.sequence=2"}}),
+                         [](const auto& test) { return std::string(test.param.name); });
 
 INSTANTIATE_TEST_SUITE_P(
     Jobs, Ways,

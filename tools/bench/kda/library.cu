@@ -7,7 +7,6 @@ extern "C" {
 
 std::size_t kda_records_bytes(const kda::Problem* p) { return kda::records_bytes(*p); }
 std::size_t kda_backward_workspace(const kda::Problem* p) { return kda::backward_workspace(*p); }
-std::size_t kda_map_workspace(const kda::Problem* p) { return kda::map_workspace(*p); }
 
 int kda_forward(const kda::Problem* p, void* records, int prepared, const float* state_in, std::uint16_t* o,
                 float* state_out, void* stream) {
@@ -19,8 +18,8 @@ int kda_backward(const kda::Problem* p, void* records, int prepared, const float
   return kda::backward(*p, records, prepared != 0, state_in, d_o, dstate_out, *gradients, dstate_in, workspace,
                        static_cast<cudaStream_t>(stream));
 }
-int kda_segment_map(const kda::Problem* p, void* records, float* m, float* e, void* workspace, void* stream) {
-  return kda::segment_map(*p, records, m, e, workspace, static_cast<cudaStream_t>(stream));
+int kda_segment_map(const kda::Problem* p, void* records, float* m, float* e, void* stream) {
+  return kda::segment_map(*p, records, m, e, static_cast<cudaStream_t>(stream));
 }
 int kda_backward_map(const kda::Problem* p, void* records, const std::uint16_t* d_o, float* e, void* stream) {
   return kda::backward_map(*p, records, d_o, e, static_cast<cudaStream_t>(stream));

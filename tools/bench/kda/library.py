@@ -23,7 +23,7 @@ def address(t):
 class Library:
     def __init__(self, path):
         self.lib = ctypes.CDLL(path)
-        for f in (self.lib.kda_records_bytes, self.lib.kda_backward_workspace, self.lib.kda_map_workspace):
+        for f in (self.lib.kda_records_bytes, self.lib.kda_backward_workspace):
             f.restype = ctypes.c_size_t
         self.memory = {}
 
@@ -73,9 +73,8 @@ class Library:
 
     def segment_map(self, x, m, e):
         p = self.problem(x)
-        memory = self.take('map', self.lib.kda_map_workspace(ctypes.byref(p)))
         self.check(self.lib.kda_segment_map(ctypes.byref(p), self.records(p), Pointer(address(m)), Pointer(address(e)),
-                                            memory, self.stream()))
+                                            self.stream()))
 
     def backward_map(self, x, d_o, e):
         p = self.problem(x)

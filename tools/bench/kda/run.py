@@ -183,32 +183,39 @@ def main():
     parser.add_argument('--bounded-peer', action='store_true')
     parser.add_argument('--no-check', action='store_true')
     parser.add_argument('--quick', action='store_true', help='fewer checks')
+    parser.add_argument('--only', default='', help='shapes whose title matches this pattern, as printed')
     args = parser.parse_args()
     lib = Library(args.library)
     checks, ok = ([], True) if args.no_check else check.all_cases(lib, args.quick)
     print('checks:', 'all within tolerance' if ok else 'FAILED', flush=True)
-    kernels = phases(lib, check.case(1, 32768, 20, 128, states=False))
-    peer, rows = not args.no_peer, []
-    measure = lambda S, L, H, bound=0.0, with_peer=peer, **more: rows.extend(
-        compare(lib, S, L, H, 128, bound, with_peer, args.repeats, **more))
-    everything = ('forward', 'backward', 'mapped_forward')
-    measure(1, 32768, 20, ops=everything)
-    measure(1, 4096, 20, ops=everything)
-    measure(1, 8192, 20, ops=everything)
-    measure(1, 32768, 5)
-    measure(1, 32768, 10)
-    measure(16, 2048, 20)
-    measure(1, 32768, 20, documents=True)
-    measure(1, 32768, 20, -5.0, peer and args.bounded_peer)
-    measure(1, 32768, 20, with_peer=False, dt_mean=30.0)
-    errors = compare_errors(lib) if peer else None
     smi = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'],
                          capture_output=True, text=True).stdout.strip().split(', ')
+    rows = []
     result = dict(benchmark='kda', gpu=smi[0], driver=smi[-1], commit=args.commit, command=' '.join(sys.argv),
-                  rows=rows, kernels_us=kernels, checks=checks, errors_beside_peer=errors)
-    if args.out:
-        with open(args.out, 'w') as f:
-            json.dump(result, f, indent=1)
+                  rows=rows, checks=checks)
+
+    def save():  # after every shape: what stops the program leaves the rest
+        if args.out:
+            with open(args.out, 'w') as f:
+                json.dump(result, f, indent=1)
+
+    if not args.no_check:
+        result['kernels_us'] = phases(lib, check.case(1, 32768, 20, 128, states=False))
+    everything = ('forward', 'backward', 'mapped_forward')
+    for shape, more in (((1, 32768, 20), dict(ops=everything)), ((1, 4096, 20), dict(ops=everything)),
+                        ((1, 8192, 20), dict(ops=everything)), ((1, 32768, 5), {}), ((1, 32768, 10), {}),
+                        ((16, 2048, 20), {}), ((1, 32768, 20), dict(documents=True)),
+                        ((1, 32768, 20), dict(bound=-5.0)), ((1, 32768, 20), dict(dt_mean=30.0))):
+        title = f'S {shape[0]} T {shape[1]} H {shape[2]} ' + ' '.join(more)
+        if not re.search(args.only, title):
+            continue
+        bound = more.pop('bound', 0.0)
+        with_peer = not args.no_peer and 'dt_mean' not in more and (bound == 0.0 or args.bounded_peer)
+        rows.extend(compare(lib, *shape, 128, bound, with_peer, args.repeats, **more))
+        save()
+    if not args.no_peer and re.search(args.only, 'errors'):
+        result['errors_beside_peer'] = compare_errors(lib)
+    save()
     return 0 if ok else 1
 
 

@@ -123,7 +123,7 @@ void measure(const Shape& s, int repeats) {
   const std::size_t states = static_cast<std::size_t>(s.segments) * s.heads * 128 * 128;
   const Memory<float> m(states), e(states);
   const Problem& any = sets[0].p;
-  const Memory<std::uint8_t> records(records_bytes(any)), memory(std::max(backward_workspace(any), map_workspace(any)));
+  const Memory<std::uint8_t> records(records_bytes(any)), memory(backward_workspace(any));
   const Gradients gradients{dq.p, dk.p, dv.p, df.p, db.p, da_log.p, ddt_bias.p};
   const auto forward_of = [&](int i, bool prepared) {
     return forward(sets[i].p, records.p, prepared, nullptr, o.p, nullptr, nullptr);
@@ -136,7 +136,7 @@ void measure(const Shape& s, int repeats) {
   const float scan = median_ms(repeats, [&](int i) { return forward_of(i, true); });
   const float bwd = median_ms(repeats, [&](int i) { return backward_of(i, false); });
   const float mapped = median_ms(repeats, [&](int i) {
-    const cudaError_t status = segment_map(sets[i].p, records.p, m.p, e.p, memory.p, nullptr);
+    const cudaError_t status = segment_map(sets[i].p, records.p, m.p, e.p, nullptr);
     return status != cudaSuccess ? status : forward_of(i, true);
   });
   const float mapped_back = median_ms(repeats, [&](int i) {

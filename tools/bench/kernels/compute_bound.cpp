@@ -23,20 +23,26 @@ double bytes_of(std::initializer_list<Tensor> tensors) {
   return sum;
 }
 
-void linear(Bench& b, const std::string& name, std::int64_t tokens, std::int64_t in, std::int64_t out) {
+/// `row`: elements of a row of the outputs.
+void linear(Bench& b, const std::string& name, std::int64_t tokens, std::int64_t in, std::int64_t out,
+            std::int64_t row) {
   const auto scope = b.scope();
   const Stream& s = b.stream();
   const Tensor x = b.normal(model, {tokens, in}), w = b.normal(model, {out, in}, 0.02);
-  const Tensor y = b.normal(model, {tokens, out});
+  const Tensor y = b.normal(model, {tokens, row});
   const double flop = 2.0 * static_cast<double>(tokens) * static_cast<double>(in) * static_cast<double>(out);
   const std::string shape = std::to_string(tokens) + "x" + std::to_string(in) + "x" + std::to_string(out);
   b.measure("linear_forward " + name, shape, bytes_of({x, w, y}), flop,
             [&] { kernels::linear_forward(s, x, w, Tensor(), y); });
   b.measure("linear_backward_input " + name, shape, bytes_of({x, w, y}), flop,
-            [&] { kernels::linear_backward_input(s, y, w, x, false); });
+            [&] { kernels::linear_backward_input(s, y, w, x, false, b.workspace()); });
   const Tensor dw = b.normal(DType::f32, {out, in});
   b.measure("linear_backward_weight " + name, shape, bytes_of({x, y, dw, dw}), flop,
             [&] { kernels::linear_backward_weight(s, y, x, dw, Tensor()); });
+}
+
+void linear(Bench& b, const std::string& name, std::int64_t tokens, std::int64_t in, std::int64_t out) {
+  linear(b, name, tokens, in, out, out);
 }
 
 void attention(Bench& b, std::int64_t tokens, bool packed) {
@@ -108,7 +114,8 @@ void measure_compute_bound(Bench& b, std::int64_t tokens) {
   linear(b, "gate inner", tokens, hidden, head_dim);
   linear(b, "gate", tokens, head_dim, hidden);
   linear(b, "beta", tokens, hidden, heads);
-  linear(b, "head", std::min(tokens, loss_rows), hidden, vocabulary);
+  linear(b, "head", std::min(tokens, loss_rows), hidden, vocabulary,
+         kernels::linear_row(b.stream(), model, vocabulary));
   attention(b, tokens, false);
   attention(b, tokens, true);
   kda(b, tokens);

@@ -6,13 +6,17 @@
 #include "kernels/embedding.h"
 #include "kernels/gated_rms_norm.h"
 #include "kernels/hidden_loss.h"
+#include "kernels/linear.h"
 #include "kernels/reduce.h"
 #include "kernels/rms_norm.h"
 #include "kernels/rope.h"
 #include "kernels/short_conv.h"
 #include "tools/bench/kernels/bench.h"
 
+#include <array>
 #include <cmath>
+#include <span>
+#include <string>
 
 namespace deltapipe::bench {
 namespace {
@@ -109,16 +113,32 @@ void tokens_and_positions(Bench& b, std::int64_t tokens) {
             [&] { kernels::rope_forward(s, q, positions, frequencies, 1.3f, q); });
 }
 
-void convolution(Bench& b, std::int64_t tokens) {
+void convolutions(Bench& b, std::int64_t tokens) {
   const auto scope = b.scope();
   const Stream& s = b.stream();
   const Shape shape{1, tokens, hidden};
-  const Tensor x = b.normal(model, shape), w = b.normal(model, {hidden, 4}), dy = b.normal(model, shape);
-  const Tensor y = b.empty(model, shape), dw = b.normal(DType::f32, {hidden, 4}), start = b.integers({1, tokens}, 1);
-  b.measure("short_conv_forward", shape.str(), bytes_of({x, y}), 0,
-            [&] { kernels::short_conv_forward(s, x, w, Tensor(), start, y); });
-  b.measure("short_conv_backward", shape.str(), bytes_of({dy, x, y}), 0,
-            [&] { kernels::short_conv_backward(s, dy, x, w, Tensor(), start, y, dw, Tensor(), b.workspace()); });
+  const Tensor start = b.integers({1, tokens}, 1);
+  std::array<kernels::ShortConv, 3> forward;  // of q, k and v
+  std::array<kernels::ShortConvGradient, 3> backward;
+  for (std::size_t i = 0; i < 3; ++i) {
+    const Tensor x = b.normal(model, shape), w = b.normal(model, {hidden, 4}), y = b.empty(model, shape);
+    forward[i] = {.x = x, .w = w, .halo = {}, .y = y};
+    backward[i] = {.dy = b.normal(model, shape),
+                   .x = x,
+                   .w = w,
+                   .halo = {},
+                   .dx = y,
+                   .dw = b.normal(DType::f32, {hidden, 4}),
+                   .dhalo = {}};
+  }
+  const double bytes = bytes_of({forward[0].x});
+  for (const std::size_t n : {1, 3}) {
+    const std::string shapes = shape.str() + (n == 1 ? "" : " of q, k and v");
+    b.measure("short_conv_forward", shapes, 2 * bytes * static_cast<double>(n), 0,
+              [&] { kernels::short_conv_forward(s, std::span(forward).first(n), start); });
+    b.measure("short_conv_backward", shapes, 3 * bytes * static_cast<double>(n), 0,
+              [&] { kernels::short_conv_backward(s, std::span(backward).first(n), start, b.workspace()); });
+  }
 }
 
 void losses(Bench& b, std::int64_t tokens) {
@@ -137,9 +157,10 @@ void losses(Bench& b, std::int64_t tokens) {
     b.measure("hidden_loss, no gradient", x.shape.str(), bytes_of({x, t}), 0, [&] { run(Tensor()); });
   }
   const Tensor labels = b.integers({loss_rows}, vocabulary);
-  const Tensor zs = b.normal(model, {loss_rows, vocabulary}, 3), zt = b.normal(model, zs.shape, 3);
+  const Tensor zs = b.normal(model, {loss_rows, kernels::linear_row(s, model, vocabulary)}, 3),
+               zt = b.normal(model, zs.shape, 3);
   const auto run = [&](const kernels::DistillWeights& w, const Tensor& teacher, bool gradient) {
-    kernels::distill_loss(s, w, zs, teacher, labels, 1e-5, gradient, sums, b.workspace());
+    kernels::distill_loss(s, w, zs, teacher, labels, 1e-5, gradient, sums, b.workspace(), vocabulary);
   };
   const kernels::DistillWeights recipe{.ce = 0.2f, .kl = 0.2f, .temperature = 2};
   kernels::DistillWeights other = recipe, all = recipe;
@@ -189,7 +210,7 @@ void measure_memory_bound(Bench& bench, std::int64_t tokens) {
   activations(bench, tokens);
   norms(bench, tokens);
   tokens_and_positions(bench, tokens);
-  convolution(bench, tokens);
+  convolutions(bench, tokens);
   losses(bench, tokens);
   optimizer(bench);
 }

@@ -6,11 +6,11 @@
 #include "core/device_memory.h"
 #include "data/host_batch.h"
 #include "distill/model_set.h"
-#include "distill/student_init.h"
 #include "kernels/settings.h"
 #include "model/attention.h"
 #include "model/kda_mixer.h"
 #include "tools/bench/report.h"
+#include "tools/bench/step/random_weights.h"
 #include "train/run.h"
 
 #include <fmt/format.h>
@@ -29,8 +29,10 @@ namespace {
 
 struct Options {
   std::vector<std::int64_t> tokens{32768, 131072, 524288};
-  std::string layout = "zigzag", out, commit = DELTAPIPE_COMMIT;
+  std::vector<std::string> layouts{"zigzag"};
+  std::string out, commit = DELTAPIPE_COMMIT;
   int repetitions = 10;
+  double seconds = 2;
 };
 
 ModelSpec layers_of_afm() {
@@ -61,17 +63,27 @@ class Job {
   using Make = Layer (*)(const ModelSpec&, ParameterTable&);
 
   Job(const ModelSpec& spec, std::int64_t layer, Make make, std::int64_t tokens, Mesh& mesh, LayoutKind layout,
-      const StreamOwner& stream, Device device)
-      : spec_(spec), layer_(layer), make_(make), tokens_(tokens), mesh_(mesh), layout_(layout, mesh.shape().sequence) {
+      Device device)
+      : spec_(spec),
+        layer_(layer),
+        make_(make),
+        tokens_(tokens),
+        mesh_(mesh),
+        layout_(layout, mesh.shape().sequence),
+        sizes_(ArenaSet::measuring(device)) {
     if (mesh.shape().sequence > 1) sequence_.emplace(mesh[Axis::sequence], layout);
-    ArenaSet measured = ArenaSet::measuring(device);
-    build(measured, Stream::dry(device));
+    build(sizes_, Stream::dry(device));
     run();
     parts_.reset();
-    arenas_.emplace(measured.reserve());
-    build(*arenas_, stream.get());
   }
 
+  /// What reserve() takes of the device.
+  std::size_t bytes() const { return sizes_.peak_bytes(); }
+  void reserve(const Stream& stream) {
+    arenas_.emplace(sizes_.reserve());
+    build(*arenas_, stream);
+  }
+  /// Forward and backward; after reserve().
   void run() { parts_->run(); }
 
  private:
@@ -87,19 +99,16 @@ class Job {
           dh(arenas.activations.allocate(DType::bf16, h.shape, "layer input's gradient")),
           keep(arenas.activations) {
       if (stream.is_dry()) return;
-      for (Parameter& p : parameters.all()) init_freshly(p, StudentConfig(), 1, stream);
+      fill_randomly(parameters, stream);
       parameters.zero_gradients(stream);
       // One document; inputs of the size that a norm leaves.
       const SequenceSpans spans = batch.spans(0);
       std::iota(spans.positions.begin(), spans.positions.end(), 0);
       for (const auto& s : {spans.tokens, spans.labels, spans.start}) std::fill(s.begin(), s.end(), 0);
       batch.cut(stream);
-      Parameter input;
-      input.spec = {"input", h.shape, 0};
-      input.value = h;
-      StudentConfig config;
-      config.model.init_std = 1;
-      init_freshly(input, config, 2, stream);
+      const RandomBlock block(DType::bf16, 1, stream);
+      block.fill(h, "layer input");
+      synchronize(stream);
     }
     Layer prepare(const Job& job, ArenaSet& arenas) {
       parameters.allocate_gradients(arenas.gradients, [](const ParameterSpec&) { return true; });
@@ -131,38 +140,100 @@ class Job {
   Mesh& mesh_;
   SequenceLayout layout_;
   std::optional<SequenceParallel> sequence_;
+  ArenaSet sizes_;
   std::optional<ArenaSet> arenas_;
   std::optional<Parts> parts_;
 };
 
 struct Row {
-  std::string layer;
+  std::string layer, layout;
   std::int64_t tokens;
-  double ms;  // median; a repetition takes as long as its slowest rank
+  std::size_t bytes;
+  int repetitions;  // 0: did not fit
+  double ms;        // median; a repetition takes as long as its slowest rank
 };
 
+/// Of all ranks.
+double largest(MpiRuntime& runtime, double own) {
+  if (runtime.size() == 1) return own;
+  std::vector<double> all(static_cast<std::size_t>(runtime.size()));
+  runtime.world().all_gather(Stream::cpu(), Tensor(&own, DType::f64, {1}),
+                             Tensor(all.data(), DType::f64, {runtime.size()}), Purpose::control);
+  return *std::max_element(all.begin(), all.end());
+}
+
+/// Milliseconds of repetitions after warming up: `o.repetitions`, or as many as `o.seconds` hold, one at least.
 template <class F>
-double median_ms(const F& run, int repetitions, MpiRuntime& runtime, const Stream& stream) {
-  constexpr int warm_up = 3;
-  std::vector<double> times;
-  for (int i = 0; i < warm_up + repetitions; ++i) {
+std::vector<double> times_of(const F& run, const Options& o, MpiRuntime& runtime, const Stream& stream) {
+  const auto once = [&] {
     synchronize(stream);
     runtime.world().barrier(Stream::cpu());
     const auto begin = std::chrono::steady_clock::now();
     run();
     synchronize(stream);
-    const double own = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count();
-    std::vector<double> all(static_cast<std::size_t>(runtime.size()), own);
-    if (runtime.size() > 1) {
-      double mine = own;
-      runtime.world().all_gather(Stream::cpu(), Tensor(&mine, DType::f64, {1}),
-                                 Tensor(all.data(), DType::f64, {runtime.size()}), Purpose::control);
-    }
-    if (i >= warm_up) times.push_back(*std::max_element(all.begin(), all.end()));
+    return largest(runtime,
+                   std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin).count());
+  };
+  once();  // plans and algorithms are made in the first call
+  const double warm_ms = once(), limit_ms = 1e3 * o.seconds;
+  if (2 * warm_ms > limit_ms) return {warm_ms};
+  std::vector<double> times;
+  double sum = 0;
+  for (int i = 0; i < o.repetitions && sum + warm_ms < limit_ms; ++i) {
+    times.push_back(once());
+    sum += times.back();
   }
+  return times;
+}
+
+double median(std::vector<double> times) {
   std::nth_element(times.begin(), times.begin() + std::ssize(times) / 2, times.end());
   return times[times.size() / 2];
 }
+
+class Bench {
+ public:
+  Bench(const Options& o, MpiRuntime& runtime, Device device)
+      : o_(o), runtime_(runtime), device_(device), stream_(device), mesh_(runtime, {1, 1, runtime.size()}, device) {}
+
+  template <class Layer>
+  void measure(const char* name, std::int64_t layer, typename Job<Layer>::Make make, std::int64_t tokens,
+               LayoutKind layout) {
+    Job<Layer> job(spec_, layer, make, tokens, mesh_, layout, device_);
+    rows_.push_back({name, std::string(name_of(layout)), tokens, job.bytes(), 0, 0});
+    Row& row = rows_.back();
+    constexpr double beside = 2.0 * (1 << 30);  // for libraries and messages' buffers
+    const bool is_too_much = static_cast<double>(job.bytes()) + beside > free_bytes();
+    const bool fits = largest(runtime_, is_too_much ? 1 : 0) == 0;  // alike on all ranks
+    if (fits) {
+      job.reserve(stream_.get());
+      const std::vector<double> times = times_of([&] { job.run(); }, o_, runtime_, stream_.get());
+      row.repetitions = static_cast<int>(times.size());
+      row.ms = median(times);
+    }
+    if (runtime_.rank() != 0) return;
+    const std::string what = row.repetitions > 0 ? fmt::format("{:9.3f} ms, median of {}", row.ms, row.repetitions)
+                                                 : fmt::format("skipped: needs {:.1f} GiB a rank",
+                                                               static_cast<double>(row.bytes) / (1 << 30));
+    fmt::print("{:<10} {:7} tokens over {} rank(s), {}: {}\n", name, tokens, runtime_.size(), row.layout, what);
+    std::fflush(stdout);
+  }
+
+  const std::vector<Row>& rows() const { return rows_; }
+
+ private:
+  double free_bytes() const {
+    return static_cast<double>(memory_size(device_)) - static_cast<double>(memory_in_use(device_));
+  }
+
+  const Options& o_;
+  MpiRuntime& runtime_;
+  Device device_;
+  StreamOwner stream_;
+  Mesh mesh_;
+  ModelSpec spec_ = layers_of_afm();
+  std::vector<Row> rows_;
+};
 
 void run(const Options& o, int argc, char** argv) {
   MpiRuntime runtime;
@@ -170,42 +241,28 @@ void run(const Options& o, int argc, char** argv) {
   Config config;
   config.run.device = DeviceChoice::cuda;
   const Device device = choose_device(config, runtime);
-  const StreamOwner stream(device);
-  const MeshShape shape{1, 1, runtime.size()};
-  Mesh mesh(runtime, shape, device);
-  const LayoutKind layout = runtime.size() > 1 && o.layout == "zigzag" ? LayoutKind::zigzag : LayoutKind::contiguous;
-  const ModelSpec spec = layers_of_afm();
-  std::vector<Row> rows;
-  const auto tell = [&](const char* layer, std::int64_t tokens, double ms) {
-    rows.push_back({layer, tokens, ms});
-    if (runtime.rank() != 0) return;
-    std::printf("%-10s %7lld tokens over %d rank(s), %s: %9.3f ms\n", layer, static_cast<long long>(tokens),
-                runtime.size(), std::string(name_of(layout)).c_str(), ms);
-    std::fflush(stdout);
-  };
+  Bench bench(o, runtime, device);
   for (const std::int64_t tokens : o.tokens) {
-    {
-      Job<KdaMixer> job(
-          spec, 0, [](const ModelSpec& s, ParameterTable& p) { return KdaMixer(s, p, kda_prefix); }, tokens, mesh,
-          layout, stream, device);
-      tell("kda", tokens, median_ms([&] { job.run(); }, o.repetitions, runtime, stream.get()));
-    }
-    {
-      Job<Attention> job(
-          spec, 1, [](const ModelSpec& s, ParameterTable& p) { return Attention(s, p, attention_prefix, nullptr); },
-          tokens, mesh, layout, stream, device);
-      tell("attention", tokens, median_ms([&] { job.run(); }, o.repetitions, runtime, stream.get()));
+    for (const std::string& wanted : o.layouts) {
+      const bool alone = runtime.size() == 1;  // has the whole sequence
+      if (alone && &wanted != &o.layouts.front()) continue;
+      const LayoutKind layout = wanted == "zigzag" && !alone ? LayoutKind::zigzag : LayoutKind::contiguous;
+      bench.measure<KdaMixer>(
+          "kda", 0, [](const ModelSpec& s, ParameterTable& p) { return KdaMixer(s, p, kda_prefix); }, tokens, layout);
+      bench.measure<Attention>(
+          "attention", 1,
+          [](const ModelSpec& s, ParameterTable& p) { return Attention(s, p, attention_prefix, nullptr); }, tokens,
+          layout);
     }
   }
   if (runtime.rank() != 0 || o.out.empty()) return;
   nlohmann::ordered_json json = begin_report("sequence", describe_device(device), o.commit, argc, argv);
   json["rows"] = nlohmann::ordered_json::array();
-  for (const Row& r : rows) {
-    json["rows"].push_back({{"layer", r.layer},
-                            {"tokens", r.tokens},
-                            {"ranks", runtime.size()},
-                            {"layout", std::string(name_of(layout))},
-                            {"ms", r.ms}});
+  for (const Row& r : bench.rows()) {
+    nlohmann::ordered_json row{{"layer", r.layer},   {"tokens", r.tokens},       {"ranks", runtime.size()},
+                               {"layout", r.layout}, {"planned_bytes", r.bytes}, {"repetitions", r.repetitions}};
+    if (r.repetitions > 0) row["ms"] = r.ms;
+    json["rows"].push_back(row);
   }
   write_report(o.out, json);
 }
@@ -218,8 +275,9 @@ int main(int argc, char** argv) {
   bench::Options o;
   CLI::App app("Times a KDA and an attention mixer, forward and backward, with a sequence over all ranks.");
   app.add_option("--tokens", o.tokens, "lengths of the sequence")->check(CLI::PositiveNumber);
-  app.add_option("--layout", o.layout, "zigzag or contiguous")->check(CLI::IsMember({"zigzag", "contiguous"}));
+  app.add_option("--layout", o.layouts, "zigzag, contiguous or both")->check(CLI::IsMember({"zigzag", "contiguous"}));
   app.add_option("--repetitions", o.repetitions, "of which the median counts")->check(CLI::PositiveNumber);
+  app.add_option("--seconds", o.seconds, "of a row at most, beside two runs to warm up")->check(CLI::PositiveNumber);
   app.add_option("--out", o.out, "JSON file to write");
   app.add_option("--commit", o.commit, "commit to name in the JSON file");
   CLI11_PARSE(app, argc, argv);
