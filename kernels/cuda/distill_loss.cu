@@ -1,418 +1,419 @@
 // Clusters of eight blocks, as many as the device holds at once, walk through the rows. Each block keeps its part of
 // both models' logits of a row in shared memory from the first read to the last use, so device memory is read once and
-// written once, and what a thread no longer needs makes room for the next row:
-//   1. largest logit, its place and sums of exponentials, running, of every thread; combined over threads, blocks, and
-//      through distributed shared memory the cluster;
-//   2. probabilities from the normalisers: divergences, and the gradient where it needs no sum over the row;
-//   3. with reverse_kl, jsd or tvd: their sums combined over the cluster, then the gradient.
+// written once. A row passes through stages, of which different rows are in at the same time:
+//   1. sums of exponentials, the largest logit and its place, sum p (z_t - z_s): of every thread, running, then of the
+//      warp, the block, and through distributed shared memory the cluster, which gives ce and kl;
+//   2. with reverse_kl, jsd or tvd: probabilities from the normalisers, divergences, and their sums over the cluster;
+//   3. the gradient, written over the student's logits. What a thread no longer needs makes room for a later row.
+// Between a row's stages the warps' sums go to one warp of their block, which sends the block's to all blocks and joins
+// what it gets. The other warps are in the next row's first stage meanwhile, copies of the slots after it on their way;
+// no warp waits for another one but for joined sums.
 // A thread's own terms are added in float (N / 4096 of them), everything else in double.
 //
 // Exponentials are powers of two of fma(z, log2(e) / T, -normaliser). What the float normaliser loses of the double one
-// is the same factor for the whole row and goes into the constants of the terms. d = log(p / q) is one fused operation,
-// rounded relative to itself, but for what the difference of the normalisers loses as a float, the same for all
-// classes: sum p d is corrected for it once. What is left is the normalisers' own error, which goes into sum p d as it
-// is: they are logarithms of sums of terms that are each right to 2^-22.
-#include "kernels/cuda/distill_row.cuh"
+// is the same factor for the whole row and goes into the constants of the terms. In the second and third stage
+// d = log(p / q) is one fused operation; what a float difference of normalisers lacks is added to sum q d once.
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/distill_ring.cuh"
 #include "kernels/cuda/launches.h"
 
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <cfloat>
 
 namespace deltapipe::kernels::cuda {
 namespace {
 
 namespace cg = cooperative_groups;
 
-constexpr int cluster_blocks = 8;  // the most that every Hopper GPU runs
-constexpr int threads = 512, warps = threads / 32;
-constexpr int most_slots = 13;  // packs of a thread and model: 16 kB of shared memory for both models each
-
-/// Places of a row's sums, as LossSum in kernels/distill_loss.h.
-enum Sum : int { ce, kl, reverse_kl, jsd, tvd, top1_agree, student_correct, teacher_correct, teacher_ce, tokens, sums };
-
-/// The part of a row that a block holds. Packs are counted from the 16-byte boundary at or before the row's first
-/// element, `lead` elements earlier, so that whole packs can be moved at once whatever the row's length.
-template <class T>
-struct Part {
-  static constexpr int width = pack_width<T>;
-  T* student;
-  const T* teacher;
-  int n, lead;
-  bool vectors;  // both rows begin at the same distance from a boundary
-  int first, last;
-
-  __device__ Part(T* s, const T* t, int n_, int block) : student(s), teacher(t), n(n_) {
-    lead = static_cast<int>(reinterpret_cast<std::uintptr_t>(s) % 16 / sizeof(T));
-    vectors = t == nullptr || reinterpret_cast<std::uintptr_t>(t) % 16 == reinterpret_cast<std::uintptr_t>(s) % 16;
-    const int packs = (n + lead + width - 1) / width, each = (packs + cluster_blocks - 1) / cluster_blocks;
-    first = block * each + static_cast<int>(threadIdx.x);
-    last = min((block + 1) * each, packs);
-  }
-  __device__ __forceinline__ bool has(int slot) const { return first + slot * threads < last; }
-  __device__ __forceinline__ int element(int slot) const { return (first + slot * threads) * width - lead; }
-  __device__ __forceinline__ bool whole(int slot) const {
-    return vectors && element(slot) >= 0 && element(slot) + width <= n;
-  }
-};
-
-/// Starts to copy a pack of `row` to shared memory. Elements outside the row become the lowest finite number: their
-/// probability is 0 on both sides, and their difference too.
-template <class T>
-__device__ __forceinline__ void fetch(const Part<T>& part, const T* row, int slot, uint4* to) {
-  const int at = part.element(slot);
-  if (part.whole(slot)) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
-        "l"(row + at)
-        : "memory");
-    return;
-  }
-  T v[Part<T>::width];
-#pragma unroll
-  for (int j = 0; j < Part<T>::width; ++j) {
-    if (at + j >= 0 && at + j < part.n) {
-      v[j] = row[at + j];
-    } else if constexpr (std::is_same_v<T, Bits>) {
-      v[j] = 0xff7f;
-    } else {
-      v[j] = -FLT_MAX;
-    }
-  }
-  if constexpr (std::is_same_v<T, Bits>) {
-    *to = make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16);
-  } else {
-    *to = make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
-  }
-}
-
-/// A block's sums over its part: p d, -q d, m log(q / m), q log(q / m), |p - q|, q sign(q - p).
-enum Measure : int { m_kl, m_reverse_kl, m_mixture, m_student_to_mixture, m_tvd, m_mean_sign, measures };
-
-struct Shared {
-  Running<double> warp[2][warps];
-  // By turns of two rows, since a block may be a row ahead of one that still reads.
-  Running<double> block[2][2];  // [turn][model], read by the whole cluster
-  Normaliser normaliser[2][2];  // [turn][model]
-  Shift shift[2];
-  float label_logit[2][2];             // in block 0
-  double kl_parts[2][cluster_blocks];  // in block 0: every block's sum of p d of the row before
-  float warp_measures[warps][measures];
-  double block_measures[measures];  // read by the whole cluster
-  double row_measures[measures];
-};
-
-/// Sum of the warps' entry `i`, by lanes 0 .. 15 of a warp whose lanes all call.
-__device__ __forceinline__ double sum_of_warps(const Shared& shared, int i) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return warp_sum(lane < warps ? static_cast<double>(shared.warp_measures[lane][i]) : 0.0);
-}
-
-/// A warp's sums of its threads' `v`.
-template <int n>
-__device__ __forceinline__ void keep_warp_sums(Shared& shared, float (&v)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    v[i] = warp_sum(v[i]);
-    if (threadIdx.x % 32 == 0) shared.warp_measures[threadIdx.x / 32][i] = v[i];
-  }
-}
-
-/// Sum of every thread's `v` over the cluster, into shared.row_measures of every block.
-__device__ void cluster_sum(cg::cluster_group& cluster, Shared& shared, float (&v)[measures]) {
-  keep_warp_sums(shared, v);
-  __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  if (warp < measures) {
-    const double sum = sum_of_warps(shared, warp);
-    if (lane == 0) shared.block_measures[warp] = sum;
-  }
-  cluster.sync();
-  if (warp < measures) {
-    const double sum =
-        warp_sum(lane < cluster_blocks ? cluster.map_shared_rank(&shared, lane)->block_measures[warp] : 0.0);
-    if (lane == 0) shared.row_measures[warp] = sum;
-  }
-  __syncthreads();
-}
+constexpr int blocks_an_sm = 2;
+/// Bytes of shared memory of a multiprocessor, and what a block takes of them unseen.
+constexpr int shared_of_sm = 228 * 1024, reserved = 1024;
 
 /// `more`: reverse_kl, jsd or tvd have a weight.
 template <class T, Temperature kind, bool with_teacher, bool more>
-__global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(threads, blocks_an_sm)
     rows_loss(DistillConstants c, T* student_logits, const T* teacher_logits, const std::int32_t* labels,
-              double* row_sums, std::int64_t rows, int n, std::int64_t pitch, int slots) {
+              double* row_sums, Layout layout) {
   constexpr int width = pack_width<T>, models = with_teacher ? 2 : 1;
-  extern __shared__ uint4 stash[];  // [slots, models, threads], an entry its thread's own
-  __shared__ Shared shared;
+  constexpr int slot_bytes = slot_packs * models * 16;
+  extern __shared__ uint4 stash[];  // [ring, halves, models, half_packs], an entry its thread's own
+  __shared__ Shared<models> shared;
+  __shared__ std::conditional_t<more, MeasuresShared, NoMeasures> measured;
   cg::cluster_group cluster = cg::this_cluster();
   const int block = static_cast<int>(cluster.block_rank()), thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32, lane = thread % 32;
-  const std::int64_t clusters = gridDim.x / cluster_blocks;
+  const int clusters = static_cast<int>(gridDim.x) / cluster_blocks, n = layout.n;
   const Exponents<kind> e{c.inverse_temperature * log2_e};
+  const float margin = most_exponent / fmaxf(e.c, log2_e);
 
-  const auto part_of = [&](std::int64_t row) {
-    return Part<T>(student_logits + row * pitch, with_teacher ? teacher_logits + row * pitch : nullptr, n, block);
+  const auto student_row = [&](int row) { return student_logits + static_cast<std::int64_t>(row) * layout.pitch; };
+  const std::int64_t to_teacher =  // bytes from a student's logit to the teacher's
+      reinterpret_cast<std::intptr_t>(teacher_logits) - reinterpret_cast<std::intptr_t>(student_logits);
+  // Copies of 16 bytes bring both models' rows.
+  const bool copied = !with_teacher || to_teacher % 16 == 0;
+  const auto teacher_of = [&](const T* student) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(student) + to_teacher);
   };
-  const auto place = [&](int slot, int model) { return stash + (slot * models + model) * threads + thread; };
-  // Slots come in two groups of copies, so that the first half is worked on while the second arrives.
-  const int first_half = (slots + 1) / 2;
-  const auto fetch_slot = [&](const Part<T>& part, bool there, int slot) {
-    if (there && part.has(slot) && part.whole(slot)) {
-      fetch(part, part.student, slot, place(slot, 0));
-      if constexpr (with_teacher) fetch(part, part.teacher, slot, place(slot, 1));
+  /// A thread's first pack of `row`.
+  const auto span_of = [&](int row, int place) {
+    const int lead = static_cast<int>(reinterpret_cast<std::uintptr_t>(student_row(row)) % line / sizeof(T));
+    Span s;
+    s.end = min(n, (block + 1) * layout.each * width - lead);
+    s.last = s.end - width;
+    s.at = thread < half_packs ? (block * layout.each + thread) * width - lead : INT_MAX / 2;
+    s.place = place;
+    return s;
+  };
+  const int ring_bytes = layout.ring * slot_bytes;
+  const auto wrapped = [&](int place) { return place >= ring_bytes ? place - ring_bytes : place; };
+  /// The thread's packs of a half of a slot.
+  const auto packs_at = [&](int place, int half) {
+    return reinterpret_cast<uint4*>(reinterpret_cast<char*>(stash) + place) + half * models * half_packs + thread;
+  };
+  constexpr int half_elements = half_packs * width, slot_elements = slot_packs * width;
+
+  /// Writes zeros over a masked row.
+  const auto clear = [&](int row) {
+    if (block == 0 && thread < sums) row_sums[static_cast<std::int64_t>(row) * sums + thread] = 0;
+    if (!c.write_gradient) return;
+    T* const to = student_row(row);
+    Span s = span_of(row, 0);
+#pragma unroll 1
+    for (int i = 0; i < halves * layout.slots; ++i, s.at += half_elements) {
+      if (s.whole()) {
+        store_whole(to + s.at, {0, 0, 0, 0});
+      } else if (s.there(width)) {
+#pragma unroll 1
+        for (int j = max(s.at, 0); j < min(s.at + width, n); ++j) to[j] = T(0);
+      }
     }
-    if (slot == first_half - 1) asm volatile("cp.async.commit_group;" ::: "memory");
-    if (slot == slots - 1) asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  /// The next row of this cluster from `row` on that is not masked; those that are get zeros.
-  const auto unmasked = [&](std::int64_t row) {
-    for (; row < rows && labels[row] < 0; row += clusters) {
-      if (block == 0 && thread < sums) row_sums[row * sums + thread] = 0;
-      if (!c.write_gradient) continue;
-      const Part<T> part = part_of(row);
-      for (int slot = 0; part.has(slot); ++slot) {
-        const int at = part.element(slot);
-        if (part.whole(slot)) {
-          *reinterpret_cast<uint4*>(part.student + at) = make_uint4(0, 0, 0, 0);
+  /// Goes to this cluster's next row that is not masked, after `clear` of those that are. Labels are read a row ahead.
+  const auto advance = [&](Cursor& cursor, const auto& masked) {
+    int row = cursor.next, label = cursor.next_label;
+    while (row < layout.rows && label < 0) {
+      masked(row);
+      row += clusters;
+      label = row < layout.rows ? labels[row] : 0;
+    }
+    cursor.next = row + clusters;
+    if (cursor.next < layout.rows) cursor.next_label = labels[cursor.next];
+    return row < layout.rows ? Row{row, label} : Row{-1, 0};
+  };
+
+  Cursor arriving_rows{static_cast<int>(blockIdx.x) / cluster_blocks, labels[blockIdx.x / cluster_blocks]};
+  Cursor rows = arriving_rows;
+  Row arriving = advance(arriving_rows, clear);
+  Span arriving_span{};
+  const T* arriving_from = nullptr;
+  int arriving_slots = 0;  // that are left of the row
+  const auto begin_arriving = [&] {
+    arriving_span = span_of(arriving.row, 0);
+    arriving_from = student_row(arriving.row);
+    arriving_slots = layout.slots;
+  };
+  if (arriving.there()) begin_arriving();
+  /// Starts to copy the next slot. A pack at a row's end brings elements of its line before the row, nothing behind it.
+  const auto fetch = [&](int place) {
+    if (arriving.there()) {
+#pragma unroll
+      for (int half = 0; half < halves; ++half, arriving_span.at += half_elements) {
+        const std::uint32_t to = address_of(packs_at(place, half));
+        const T* const from = arriving_from + arriving_span.at;
+        if (!copied) continue;
+        if (arriving_span.whole()) {
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+          if constexpr (with_teacher) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + half_packs * 16), "l"(teacher_of(from))
+                         : "memory");
+          }
+        } else if (arriving_span.there(width)) {
+          const int bytes = min(width, n - arriving_span.at) * static_cast<int>(sizeof(T));
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+          if constexpr (with_teacher) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + half_packs * 16),
+                         "l"(teacher_of(from)), "r"(bytes)
+                         : "memory");
+          }
+        }
+      }
+      if (--arriving_slots == 0) {
+        arriving = advance(arriving_rows, clear);
+        if (arriving.there()) begin_arriving();
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  /// Puts the lowest finite number where a pack lies outside the row: its probability is 0 on both sides, and their
+  /// difference too. Brings the row's elements where no copy did.
+  const auto complete = [&](int row, int at, uint4* packs) {
+#pragma unroll 1
+    for (int m = 0; m < models; ++m) {
+      T* const to = reinterpret_cast<T*>(packs + m * half_packs);
+      const T* const from = m == 0 ? student_row(row) : teacher_of(student_row(row));
+#pragma unroll 1
+      for (int j = 0; j < width; ++j) {
+        if (at + j >= 0 && at + j < n) {
+          if (!copied) to[j] = from[at + j];
+        } else if constexpr (std::is_same_v<T, Bits>) {
+          to[j] = 0xff7f;
         } else {
-          for (int j = max(at, 0); j < min(at + width, n); ++j) part.student[j] = T(0);
+          to[j] = -FLT_MAX;
         }
       }
     }
-    return row;
   };
-  /// Row sums of `row`, whose values are those of `turn`; one thread of block 0.
-  const auto finish = [&](std::int64_t row, int turn, const double* measure) {
-    // From powers of two back with the very constant that led there, so that its rounding cancels.
-    const double ln_2 = 1 / static_cast<double>(log2_e);
-    const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
-    const int label = labels[row];
-    const double bad_label = label < n ? 0 : nan("");
-    const Normaliser& student = shared.normaliser[turn][0];
-    double* out = row_sums + row * sums;
-    out[ce] = student.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][0]) + bad_label;
-    out[student_correct] = student.argmax == label;
+
+  /// Row sums of a row: one thread of block 0.
+  const auto finish = [&](const Row& row, const Normalised<models>& s, [[maybe_unused]] const double* measure) {
+    const double bad_label = row.label < n ? 0 : nan("");
+    double* out = row_sums + static_cast<std::int64_t>(row.row) * sums;
+    out[ce] = s.ce_sum[0] + bad_label;
+    out[student_correct] = s.argmax[0] == row.label;
     out[tokens] = 1;
 #pragma unroll
     for (const int i : {kl, reverse_kl, jsd, tvd, top1_agree, teacher_correct, teacher_ce}) out[i] = 0;
     if constexpr (with_teacher) {
-      const Normaliser& teacher = shared.normaliser[turn][1];
-      out[teacher_ce] = teacher.log2_1 * ln_2 - static_cast<double>(shared.label_logit[turn][1]) + bad_label;
-      out[teacher_correct] = teacher.argmax == label;
-      out[top1_agree] = student.argmax == teacher.argmax;
-      const double lost = shared.shift[turn].lost;
-      out[kl] = t2 * (measure[m_kl] - lost);
+      out[teacher_ce] = s.ce_sum[1] + bad_label;
+      out[teacher_correct] = s.argmax[1] == row.label;
+      out[top1_agree] = s.argmax[0] == s.argmax[1];
+      out[kl] = s.kl;
       if constexpr (more) {
-        if (c.with_reverse_kl) out[reverse_kl] = t2 * (measure[m_reverse_kl] + lost);
+        const double t2 = static_cast<double>(c.temperature) * static_cast<double>(c.temperature);
+        if (c.with_reverse_kl) out[reverse_kl] = t2 * (measure[m_reverse_kl] + s.lost);
         // beta p log(p / m) + (1 - beta) q log(q / m) = m log(q / m) + beta p d; what d lacks cancels.
         if (c.with_jsd) out[jsd] = t2 * (measure[m_mixture] + static_cast<double>(c.beta) * measure[m_kl]);
         if (c.with_tvd) out[tvd] = 0.5 * measure[m_tvd];
       }
     }
   };
-  /// Sums p d of the row before, once all blocks brought theirs.
-  const auto finish_before = [&](std::int64_t row, int turn) {
-    double sum = 0;
-    for (int b = 0; b < cluster_blocks; ++b) sum += shared.kl_parts[turn][b];
-    sum *= static_cast<double>(shared.normaliser[turn][1].factor);
-    finish(row, turn, &sum);
+  /// Joins the blocks' sums: one warp.
+  const auto join = [&](const RowSums<double, models>(&blocks)[cluster_blocks], Normalised<models>& out) {
+    RowSums<double, models> r = no_sums<models>();
+    if (lane < cluster_blocks) r = blocks[lane];
+    r = merge_lanes(e, r, cluster_blocks);
+    const Normaliser own = normalise<kind, models>(e, r);
+    // From powers of two back with the very constants that led there, so that their rounding cancels.
+    const double ln_2 = 1 / static_cast<double>(log2_e);
+    const auto keep = [&](int m) {
+      out.offset[m] = own.offset;
+      out.factor[m] = own.factor;
+      out.argmax[m] = r.of[m].place;
+      out.ce_sum[m] = own.log2_1 * ln_2 - static_cast<double>(r.of[m].label_logit);
+    };
+    [[maybe_unused]] const double teacher_log2 = __shfl_sync(0xffffffffu, own.log2_t, 2 * (models - 1));
+    if (lane == 0) {
+      keep(0);
+      out.offset_1 = own.offset_1;
+      out.ce = c.ce * (kind == Temperature::one ? own.factor : own.factor_1);
+      out.kl_s = c.kl * own.factor;
+      if constexpr (with_teacher) {
+        const double t = static_cast<double>(c.temperature), inverse_t = static_cast<double>(c.inverse_temperature);
+        const double shift = (teacher_log2 - own.log2_t) / static_cast<double>(e.c);  // of z_t - z_s
+        const double lost_from = shift * inverse_t;
+        out.shift = static_cast<float>(lost_from);
+        out.lost = lost_from - static_cast<double>(out.shift);
+        const double pivot =
+            static_cast<double>(e.pivot(r.of[1].largest)) - static_cast<double>(e.pivot(r.of[0].largest));
+        const double mean = (r.difference / r.of[1].at_t + pivot) / static_cast<double>(e.units_a_logit());
+        out.kl = t * t * inverse_t * (mean - shift);
+      }
+    } else if (with_teacher && lane == 2) {
+      keep(models - 1);
+      out.kl_t = c.kl * own.factor;
+      out.offset_kl = static_cast<float>(own.log2_t - log2(static_cast<double>(c.kl)));
+    }
   };
-  const auto bring_kl = [&](int turn) {  // a whole warp
-    const double sum = sum_of_warps(shared, m_kl);
-    if (lane == 0) cluster.map_shared_rank(&shared, 0)->kl_parts[turn][block] = sum;
-  };
-  constexpr bool finishes_later = with_teacher && !more;
 
-  std::int64_t row = unmasked(blockIdx.x / cluster_blocks), before = -1;
-  if (row < rows) {
-    const Part<T> part = part_of(row);
-    for (int slot = 0; slot < slots; ++slot) fetch_slot(part, true, slot);
+  constexpr int sums_bytes = cluster_blocks * static_cast<int>(sizeof(RowSums<double, models>));
+  constexpr int measures_bytes = cluster_blocks * measures * static_cast<int>(sizeof(double));
+  if (thread == 0) {
+    for (int k = 0; k < 2; ++k) {
+      for (int& known : shared.known_largest[k]) known = INT_MIN;
+      start_barrier(shared.summed[k], work_warps);
+      start_barrier(shared.normalised[k], 1);
+      start_barrier(shared.arrived[k], 1);
+      expect(shared.arrived[k], sums_bytes);
+      if constexpr (more) {
+        start_barrier(measured.summed[k], work_warps);
+        start_barrier(measured.ready[k], 1);
+        start_barrier(measured.arrived[k], 1);
+        expect(measured.arrived[k], measures_bytes);
+      }
+    }
   }
-  int turn = 0;
-  for (std::int64_t next = 0; row < rows; before = row, row = next, turn ^= 1) {
-    const Part<T> part = part_of(row);
-    const int label = labels[row];
-    // Read before any block may overwrite it.
-    if (block == 0 && thread == 32 && label < n) {
-      shared.label_logit[turn][0] = to_compute(part.student[label]);
-      if constexpr (with_teacher) shared.label_logit[turn][1] = to_compute(part.teacher[label]);
-    }
-    for (int slot = 0; slot < slots; ++slot) {  // those at the row's ends that no copy of 16 bytes brought
-      if (!part.has(slot) || part.whole(slot)) continue;
-      fetch(part, part.student, slot, place(slot, 0));
-      if constexpr (with_teacher) fetch(part, part.teacher, slot, place(slot, 1));
-    }
-    Running<float> running[models];
-#pragma unroll
-    for (auto& r : running) r = no_logits<float>();
-    const auto run_through = [&](int begin, int end) {
-      for (int slot = begin; slot < end; ++slot) {
-        if (!part.has(slot)) return;
-#pragma unroll
-        for (int m = 0; m < models; ++m) accumulate<T, kind>(e, stored<T>(place(slot, m)), slot, running[m]);
-      }
-    };
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    run_through(0, first_half);
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    run_through(first_half, slots);
-#pragma unroll
-    for (int m = 0; m < models; ++m) {
-      // From the slot of a thread's largest logit to its place in the row.
-      if (running[m].place != INT_MAX) {
-        float z[width];
-        const int slot = running[m].place;
-        stored<T>(place(slot, m)).get(z);
-        int at = 0;
-#pragma unroll
-        for (int j = width - 1; j >= 0; --j) {
-          if (z[j] == running[m].largest) at = j;
-        }
-        running[m].place = part.element(slot) + at;
-      }
-      const Running<double> merged = merge_warp(e, running[m]);
-      if (lane == 0) shared.warp[m][warp] = merged;
-    }
-    __syncthreads();
-    const int lane_model = lane / 16;  // of the first warp: half a warp a model
-    if (warp == 0) {
-      Running<double> r = no_logits<double>();
-      if (lane_model < models) r = shared.warp[lane_model][lane % 16];
-      r = merge_lanes(e, r, 16);
-      if (lane % 16 == 0 && lane_model < models) shared.block[turn][lane_model] = r;
-    } else if (finishes_later && warp == 1 && before >= 0) {
-      bring_kl(turn ^ 1);
-    }
-    cluster.sync();
-    if (warp == 0) {
-      Running<double> r = no_logits<double>();
-      if (lane_model < models && lane % 16 < cluster_blocks) {
-        r = cluster.map_shared_rank(&shared, lane % 16)->block[turn][lane_model];
-      }
-      r = merge_lanes(e, r, 16);
-      const Normaliser normaliser = normalise(e, r);
-      if (lane % 16 == 0 && lane_model < models) shared.normaliser[turn][lane_model] = normaliser;
-      const double teacher_log2 = __shfl_sync(0xffffffffu, normaliser.log2_t, 16);
-      if (with_teacher && lane == 0) {
-        const double shift =
-            (teacher_log2 - normaliser.log2_t) / static_cast<double>(e.c) * static_cast<double>(c.inverse_temperature);
-        const auto rounded_shift = static_cast<float>(shift);
-        shared.shift[turn] = {rounded_shift, shift - static_cast<double>(rounded_shift)};
-      }
-    } else if (finishes_later && block == 0 && thread == 32 && before >= 0) {
-      finish_before(before, turn ^ 1);
-    }
-    next = unmasked(row + clusters);
-    __syncthreads();
+  if (warp < work_warps) {
+    for (int i = 0; i < layout.ring; ++i) fetch(i * slot_bytes);
+  }
+  cluster.sync();  // all blocks run, their barriers too
+  const auto pass_over = [](int) {};
 
-    const bool has_next = next < rows;
-    const Part<T> next_part = part_of(has_next ? next : row);
-    const Normaliser& student = shared.normaliser[turn][0];
-    const float offset_s = student.offset, offset_1 = student.offset_1;
-    const float ce_factor = c.ce * (kind == Temperature::one ? student.factor : student.factor_1);
-    const auto write = [&](int slot, float(&g)[width]) {
-      const int at = part.element(slot);
-      if (label >= at && label < at + width) {
-#pragma unroll
-        for (int j = 0; j < width; ++j) g[j] -= at + j == label ? c.ce : 0.0f;
+  if (warp == work_warps) {  // joins sums, row by row
+    unsigned number = 0;
+    for (Row row = advance(rows, pass_over); row.there(); row = advance(rows, pass_over), ++number) {
+      const unsigned turn = number % 2, phase = number / 2;
+      Normalised<models>& normalised = shared.row[turn];
+      await(shared.summed[turn], phase);
+      {
+        RowSums<double, models> r = no_sums<models>();
+        if (lane < work_warps) r = widened(shared.warp[turn][lane]);
+        if (lane < models) shared.known_largest[turn][lane] = INT_MIN;
+        r = merge_lanes(e, r, work_warps);
+        if (lane < cluster_blocks) send(r, shared.block[turn][block], shared.arrived[turn], lane);
       }
-      Pack<T, width> p;
-      p.set(g);
-      if (part.whole(slot)) {
-        p.template store<true>(part.student + at);
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < width; ++j) {
-        if (at + j >= 0 && at + j < n) part.student[at + j] = round_to<T>(g[j]);
-      }
-    };
-    /// f(slot) for the slots of this thread, for the last time: the next row takes their places.
-    const auto last_pass = [&](const auto& f) {
-      for (int slot = 0; slot < slots; ++slot) {
-        if (part.has(slot)) f(slot);
-        fetch_slot(next_part, has_next, slot);
-      }
-    };
-
-    if constexpr (!with_teacher) {
-      if (c.write_gradient) {
-        last_pass([&](int slot) {
-          float z[width];
-          stored<T>(place(slot, 0)).get(z);
-#pragma unroll
-          for (int j = 0; j < width; ++j) z[j] = ce_factor * power_of_two(fmaf(z[j], e.c, -offset_s));
-          write(slot, z);
-        });
-      } else {
-        last_pass([](int) {});
-      }
-      if (block == 0 && thread == 32) finish(row, turn, nullptr);
-    } else {
-      const Normaliser& teacher = shared.normaliser[turn][1];
-      const float offset_t = teacher.offset, factor_s = student.factor, factor_t = teacher.factor;
-      const float inverse_t = c.inverse_temperature, shift = shared.shift[turn].shift;
-      /// The gradient of ce and kl with respect to z, q = 2^(z c - offset) and p: q (ce' + kl_s) - kl_t p, and the
-      /// like.
-      const float kl_s = c.kl * factor_s, kl_t = c.kl * factor_t;
-      const auto simple_gradient = [&](float z, float q, float p) {
-        if constexpr (kind == Temperature::one) return fmaf(q, ce_factor + kl_s, -(kl_t * p));
-        if constexpr (kind == Temperature::two) return fmaf(q, fmaf(ce_factor, q, kl_s), -(kl_t * p));
-        return fmaf(ce_factor, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -(kl_t * p)));
-      };
-      const auto load = [&](int slot, float(&zs)[width], float(&zt)[width]) {
-        stored<T>(place(slot, 0)).get(zs);
-        stored<T>(place(slot, 1)).get(zt);
-      };
-      if constexpr (!more) {
-        float v[1] = {0};
-        if (c.write_gradient) {
-          last_pass([&](int slot) {
-            float zs[width], zt[width];
-            load(slot, zs, zt);
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              const float d = fmaf(zt[j] - zs[j], inverse_t, -shift);
-              const float p = power_of_two(fmaf(zt[j], e.c, -offset_t)), q = power_of_two(fmaf(zs[j], e.c, -offset_s));
-              v[0] = fmaf(p, d, v[0]);
-              zs[j] = simple_gradient(zs[j], q, p);
-            }
-            write(slot, zs);
-          });
-        } else {
-          last_pass([&](int slot) {
-            float zs[width], zt[width];
-            load(slot, zs, zt);
-#pragma unroll
-            for (int j = 0; j < width; ++j) {
-              const float d = fmaf(zt[j] - zs[j], inverse_t, -shift);
-              v[0] = fmaf(power_of_two(fmaf(zt[j], e.c, -offset_t)), d, v[0]);
-            }
-          });
+      await(shared.arrived[turn], phase);
+      if (lane == 0) expect(shared.arrived[turn], sums_bytes);
+      join(shared.block[turn], normalised);
+      __syncwarp();
+      if (lane == 0) arrive(shared.normalised[turn]);
+      [[maybe_unused]] const double* of_row = nullptr;
+      if constexpr (more) {
+        await(measured.summed[turn], phase);
+        if (lane < measures) {
+          double sum = 0;
+          for (int w = 0; w < work_warps; ++w) sum += static_cast<double>(measured.warp[turn][w][lane]);
+          for (int b = 0; b < cluster_blocks; ++b) {
+            send(sum, measured.block[turn][block][lane], measured.arrived[turn], b);
+          }
         }
-        keep_warp_sums(shared, v);
+        await(measured.arrived[turn], phase);
+        if (lane == 0) expect(measured.arrived[turn], measures_bytes);
+        if (lane < measures) {
+          double sum = 0;
+          for (int b = 0; b < cluster_blocks; ++b) sum += measured.block[turn][b][lane];
+          measured.row[turn][lane] = sum;
+        }
+        __syncwarp();
+        if (lane == 0) arrive(measured.ready[turn]);
+        of_row = measured.row[turn];
+      }
+      if (block == 0 && lane == 0) finish(row, normalised, of_row);
+    }
+    return;
+  }
+
+  // Rows in the stages; a later stage's is the same as an earlier one's, or an earlier row.
+  const auto start = [&](Stage& stage) {
+    stage.row = advance(stage.rows, pass_over);
+    if (stage.row.there()) stage.span = span_of(stage.row.row, stage.span.place);
+    stage.slot = 0;
+  };
+  const auto next_slot = [&](Stage& stage) {
+    stage.span.place = wrapped(stage.span.place + slot_bytes);
+    if (++stage.slot == layout.slots) {
+      ++stage.number;
+      start(stage);
+    }
+  };
+  Stage summing{rows}, measuring{rows}, leaving{rows};
+  start(summing);
+  if constexpr (more) start(measuring);
+  start(leaving);
+  // Slots that the first stage is ahead of the last and of the second.
+  int ahead = 0;
+  [[maybe_unused]] int ahead_of_measuring = 0;
+  RunningRow<T, models> running;
+  [[maybe_unused]] float v[measures] = {};
+  const Mixture mixture(c.beta);
+#pragma unroll 1
+  while (leaving.row.there()) {
+    if (summing.row.there() && ahead < layout.most_ahead) {
+      if (layout.deep) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
       } else {
-        const Mixture mixture(c.beta);
-        const float beta = c.beta;
-        const auto probabilities = [&](float zs, float zt, float& p, float& q, float& d) {
-          p = factor_t * power_of_two(fmaf(zt, e.c, -offset_t));
-          q = factor_s * power_of_two(fmaf(zs, e.c, -offset_s));
-          d = fmaf(zt - zs, inverse_t, -shift);
-        };
-        float v[measures] = {};
-        const auto measure = [&](int slot) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+      }
+#pragma unroll
+      for (int half = 0; half < halves; ++half, summing.span.at += half_elements) {
+        uint4* const from = packs_at(summing.span.place, half);
+        if (!copied || !summing.span.whole()) {
+          if (!summing.span.there(width)) continue;
+          complete(summing.row.row, summing.span.at, from);
+        }
+        Pack<T, width> packs[models];
+#pragma unroll
+        for (int m = 0; m < models; ++m) packs[m] = stored<T>(from + m * half_packs);
+        accumulate<T, kind>(e, margin, packs, running);
+      }
+      ++ahead;
+      ++ahead_of_measuring;
+      if (summing.slot == layout.slots - 1) {
+        const unsigned turn = summing.number % 2;
+        const Row& now = summing.row;
+        const int now_place =  // of the row's first slot
+            summing.span.place - (layout.slots - 1) * slot_bytes +
+            (summing.span.place < (layout.slots - 1) * slot_bytes ? ring_bytes : 0);
+        float label_logits[models] = {};
+        const Span row = span_of(now.row, now_place);
+        const int from_first = now.label - row.at, label_slot = from_first / slot_elements,
+                  in_slot = from_first - label_slot * slot_elements, label_half = in_slot / half_elements,
+                  in_pack = in_slot - label_half * half_elements;
+        if (from_first >= 0 && now.label < row.end && in_pack < width) {
+          const uint4* const packs = packs_at(wrapped(now_place + label_slot * slot_bytes), label_half);
+#pragma unroll
+          for (int m = 0; m < models; ++m) {
+            label_logits[m] = to_compute(reinterpret_cast<const T*>(packs + m * half_packs)[in_pack]);
+          }
+        }
+        RowSums<float, models> merged = merge_warp<T>(e, running, label_logits);
+        // The first place of the largest logit: threads look for it that have it, of warps that know of no larger one.
+#pragma unroll
+        for (int m = 0; m < models; ++m) {
+          const int largest = ordered(merged.of[m].largest);
+          int known = 0, place = INT_MAX;
+          if (lane == 0) known = atomicMax(&shared.known_largest[turn][m], largest);
+          known = __shfl_sync(0xffffffffu, known, 0);
+          if (known <= largest && largest_of<T>(running.of[m].largest) == merged.of[m].largest) {
+            const Largest<T> wanted = as_largest<T>(merged.of[m].largest);
+            Span s = row;
+#pragma unroll 1
+            for (int i = 0; place == INT_MAX && i < halves * layout.slots; ++i, s.at += half_elements) {
+              if (!s.there(width)) continue;
+              const int of_slot = wrapped(now_place + i / halves * slot_bytes);
+              const auto pack = stored<T>(packs_at(of_slot, i % halves) + m * half_packs);
+              if (!holds(pack, wanted)) continue;
+              float z[width];
+              pack.get(z);
+#pragma unroll
+              for (int j = width - 1; j >= 0; --j) {
+                if (z[j] == merged.of[m].largest && s.at + j >= 0) place = s.at + j;
+              }
+            }
+          }
+          merged.of[m].place = __reduce_min_sync(0xffffffffu, place);
+        }
+        if (lane == 0) {
+          shared.warp[turn][warp] = merged;
+          arrive(shared.summed[turn]);
+        }
+        running = {};
+      }
+      next_slot(summing);
+      continue;
+    }
+    if constexpr (more) {
+      if (measuring.row.there() && (measuring.slot > 0 || ahead_of_measuring >= layout.slots)) {
+        const unsigned turn = measuring.number % 2;
+        if (measuring.slot == 0) await(shared.normalised[turn], measuring.number / 2);
+        const Normalised<models>& row = shared.row[turn];
+#pragma unroll
+        for (int half = 0; half < halves; ++half, measuring.span.at += half_elements) {
+          if (!measuring.span.there(width)) continue;
+          const uint4* const from = packs_at(measuring.span.place, half);
           float zs[width], zt[width];
-          load(slot, zs, zt);
+          stored<T>(from).get(zs);
+          stored<T>(from + half_packs).get(zt);
 #pragma unroll
           for (int j = 0; j < width; ++j) {
-            float p, q, d;
-            probabilities(zs[j], zt[j], p, q, d);
-            v[m_kl] = fmaf(p, d, v[m_kl]);
+            const float p = row.factor[1] * power_of_two(fmaf(zt[j], e.c, -row.offset[1]));
+            const float q = row.factor[0] * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+            const float d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
             if (c.with_reverse_kl) v[m_reverse_kl] = fmaf(-q, d, v[m_reverse_kl]);
             if (c.with_jsd) {
               const float b = mixture.student_over(d);
-              v[m_mixture] = fmaf(fmaf(beta, p - q, q), b, v[m_mixture]);
+              v[m_kl] = fmaf(p, d, v[m_kl]);
+              v[m_mixture] = fmaf(fmaf(c.beta, p - q, q), b, v[m_mixture]);
               v[m_student_to_mixture] = fmaf(q, b, v[m_student_to_mixture]);
             }
             if (c.with_tvd) {
@@ -420,56 +421,132 @@ __global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 2 : 1)
               v[m_mean_sign] = fmaf(q, sign(q - p), v[m_mean_sign]);
             }
           }
-        };
-        if (c.write_gradient) {
-          for (int slot = 0; part.has(slot); ++slot) measure(slot);
-        } else {
-          last_pass(measure);
         }
-        cluster_sum(cluster, shared, v);
-        if (block == 0 && thread == 32) finish(row, turn, shared.row_measures);
-        if (c.write_gradient) {
-          // All that is q times a constant of the row.
-          const float of_row = c.reverse_kl * static_cast<float>(shared.row_measures[m_reverse_kl]) +
-                               c.jsd * static_cast<float>(shared.row_measures[m_student_to_mixture]) +
-                               c.tvd * static_cast<float>(shared.row_measures[m_mean_sign]);
-          last_pass([&](int slot) {
-            float zs[width], zt[width];
-            load(slot, zs, zt);
+        if (measuring.slot == layout.slots - 1) {
 #pragma unroll
-            for (int j = 0; j < width; ++j) {
-              float p, q, d;
-              probabilities(zs[j], zt[j], p, q, d);
-              float g = fmaf(-c.reverse_kl, d, -of_row);
-              if (c.with_jsd) g = fmaf(c.jsd, mixture.student_over(d), g);
-              if (c.with_tvd) g = fmaf(c.tvd, sign(q - p), g);
-              const float power = power_of_two(fmaf(zs[j], e.c, -offset_s));
-              zs[j] = fmaf(q, g, simple_gradient(zs[j], power, power_of_two(fmaf(zt[j], e.c, -offset_t))));
+          for (int i = 0; i < measures; ++i) {
+            v[i] = warp_sum(v[i]);
+            if (lane == 0) measured.warp[turn][warp][i] = v[i];
+            v[i] = 0;
+          }
+          if (lane == 0) arrive(measured.summed[turn]);
+        }
+        --ahead_of_measuring;
+        next_slot(measuring);
+        continue;
+      }
+    }
+    const unsigned turn = leaving.number % 2;
+    if (leaving.slot == 0) {
+      if constexpr (more) {
+        await(measured.ready[turn], leaving.number / 2);
+      } else {
+        await(shared.normalised[turn], leaving.number / 2);
+      }
+    }
+    if (c.write_gradient) {
+      T* const to = student_row(leaving.row.row);
+      const Normalised<models>& row = shared.row[turn];
+#pragma unroll
+      for (int half = 0; half < halves; ++half, leaving.span.at += half_elements) {
+        const int at = leaving.span.at;
+        const bool whole = leaving.span.whole();
+        if (!whole && !leaving.span.there(width)) continue;
+        const uint4* const from = packs_at(leaving.span.place, half);
+        float zs[width], zt[width];
+        stored<T>(from).get(zs);
+        if constexpr (with_teacher) stored<T>(from + half_packs).get(zt);
+        if constexpr (!with_teacher) {
+#pragma unroll
+          for (int j = 0; j < width; ++j) zs[j] = row.ce * power_of_two(fmaf(zs[j], e.c, -row.offset[0]));
+        } else {
+          // Of ce and kl with respect to z, from q = 2^(z c - offset) and kl p: q (ce' + kl_s) - kl p, and the like.
+          const float of_ce = row.ce, kl_s = row.kl_s, kl_t = row.kl_t, offset_1 = row.offset_1;
+          constexpr bool has_kl_p = sizeof(T) == 2 && !more;
+          const auto simple = [&](float z, float q, float p) {
+            const float kl_p = has_kl_p ? p : kl_t * p;
+            if constexpr (kind == Temperature::one) return fmaf(q, of_ce + kl_s, -kl_p);
+            if constexpr (kind == Temperature::two) return fmaf(q, fmaf(of_ce, q, kl_s), -kl_p);
+            return fmaf(of_ce, power_of_two(fmaf(z, log2_e, -offset_1)), fmaf(kl_s, q, -kl_p));
+          };
+          const float offset_s = row.offset[0], offset_t = has_kl_p ? row.offset_kl : row.offset[models - 1];
+          [[maybe_unused]] float of_row = 0;  // all that is q times a constant of the row
+          if constexpr (more) {
+            const double* sum = measured.row[turn];
+            of_row = c.reverse_kl * static_cast<float>(sum[m_reverse_kl]) +
+                     c.jsd * static_cast<float>(sum[m_student_to_mixture]) +
+                     c.tvd * static_cast<float>(sum[m_mean_sign]);
+          }
+#pragma unroll
+          for (int j = 0; j < width; ++j) {
+            const float q = power_of_two(fmaf(zs[j], e.c, -offset_s)), p = power_of_two(fmaf(zt[j], e.c, -offset_t));
+            float g = simple(zs[j], q, p);
+            if constexpr (more) {
+              const float qq = row.factor[0] * q, d = fmaf(zt[j] - zs[j], c.inverse_temperature, -row.shift);
+              float of_q = fmaf(-c.reverse_kl, d, -of_row);
+              if (c.with_jsd) of_q = fmaf(c.jsd, mixture.student_over(d), of_q);
+              if (c.with_tvd) of_q = fmaf(c.tvd, sign(qq - row.factor[models - 1] * p), of_q);
+              g = fmaf(qq, of_q, g);
             }
-            write(slot, zs);
-          });
+            zs[j] = g;
+          }
+        }
+        if (static_cast<unsigned>(leaving.row.label - at) < width) {
+#pragma unroll
+          for (int j = 0; j < width; ++j) zs[j] -= at + j == leaving.row.label ? c.ce : 0.0f;
+        }
+        if (whole) {
+          Pack<T, width> p;
+          p.set(zs);
+          store_whole(to + at, p.words);
+        } else {
+#pragma unroll
+          for (int j = 0; j < width; ++j) {
+            if (at + j >= 0 && at + j < n) to[at + j] = round_to<T>(zs[j]);
+          }
         }
       }
     }
+    --ahead;
+    fetch(leaving.span.place);
+    next_slot(leaving);
   }
-  if (finishes_later) {
-    __syncthreads();
-    if (warp == 1 && before >= 0) bring_kl(turn ^ 1);
-  }
-  cluster.sync();  // no block ends while another may read its shared memory
-  if (finishes_later && block == 0 && thread == 32 && before >= 0) finish_before(before, turn ^ 1);
 }
 
 template <class T, Temperature kind, bool with_teacher, bool more>
 cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, const std::int32_t* labels,
                    double* row_sums, std::int64_t rows, std::int64_t n, std::int64_t pitch, cudaStream_t stream) {
-  const std::int64_t packs = (n + 2 * pack_width<T> - 2) / pack_width<T>;  // with the longest lead
-  const std::int64_t each = (packs + cluster_blocks - 1) / cluster_blocks;
-  const int slots = static_cast<int>((each + threads - 1) / threads);
-  const std::size_t bytes = static_cast<std::size_t>(slots) * (with_teacher ? 2 : 1) * threads * sizeof(uint4);
+  constexpr int models = with_teacher ? 2 : 1, of_line = line / static_cast<int>(sizeof(uint4));
+  const auto divided = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const auto rounded_up = [](std::int64_t a, std::int64_t to) { return (a + to - 1) / to * to; };
+  const std::int64_t packs = divided(n + line / static_cast<int>(sizeof(T)) - 1, pack_width<T>);  // the longest lead
+  Layout layout{};
+  layout.rows = static_cast<int>(rows);
+  layout.n = static_cast<int>(n);
+  layout.pitch = pitch;
+  layout.each = static_cast<int>(rounded_up(divided(packs, cluster_blocks), of_line));
+  layout.slots = static_cast<int>(divided(layout.each, slot_packs));
+
   const auto kernel = rows_loss<T, kind, with_teacher, more>;
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  cudaFuncAttributes attributes{};
+  cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status != cudaSuccess) return status;
+  constexpr int slot_bytes = slot_packs * models * static_cast<int>(sizeof(uint4));
+  // A slot is needed until its row has left; while the cluster's sums are joined, the next row's first two are summed.
+  // No warp may bring sums of the row after the next before all have a row's joined ones; so rows of one slot: one.
+  const int lag = layout.slots > 1 ? 2 : 1;
+  for (int blocks = blocks_an_sm; blocks > 0 && layout.ring == 0; --blocks) {
+    const int fit = (shared_of_sm / blocks - reserved - static_cast<int>(attributes.sharedSizeBytes)) / slot_bytes;
+    for (const int needed : {layout.slots + lag + pending, layout.slots + pending, layout.slots}) {
+      if (fit < needed || (needed == layout.slots && blocks > 1)) continue;
+      layout.ring = needed;
+      layout.deep = needed != layout.slots;
+      layout.most_ahead = layout.deep ? needed - pending : needed;
+      break;
+    }
+  }
+  const int bytes = layout.ring * slot_bytes;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -477,7 +554,7 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(cluster_blocks);
   config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
@@ -485,15 +562,15 @@ cudaError_t launch(const DistillConstants& c, T* student, const T* teacher, cons
   status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   if (status != cudaSuccess) return status;
   config.gridDim.x = static_cast<unsigned>(cluster_blocks * std::min<std::int64_t>(rows, std::max(clusters, 1)));
-  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, rows, static_cast<int>(n), pitch,
-                            slots);
+  return cudaLaunchKernelEx(&config, kernel, c, student, teacher, labels, row_sums, layout);
 }
 
 }  // namespace
 
 template <class T>
 std::int64_t most_classes() {
-  return static_cast<std::int64_t>(most_slots) * threads * cluster_blocks * pack_width<T> - pack_width<T>;
+  return static_cast<std::int64_t>(most_slots) * slot_packs * cluster_blocks * pack_width<T> -
+         line / static_cast<int>(sizeof(T)) + 1;
 }
 template std::int64_t most_classes<Bits>();
 template std::int64_t most_classes<float>();
