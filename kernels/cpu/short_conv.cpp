@@ -107,7 +107,7 @@ void backward_segment(const Rows<T>& rows, const T (&taps)[8][lanes], const T* d
 }
 
 void forward(const ShortConv& c, const Tensor& start) {
-  const auto& [x, w, halo, y] = c;
+  const Tensor &x = c.x, &w = c.w, &halo = c.halo, &y = c.y;
   for_real(x.dtype, "short_conv_forward", [&]<class T>() {
     const std::int64_t segments = x.dim(0), length = x.dim(1), d = x.dim(2), width = w.dim(1);
     const std::int64_t channel_blocks = (d + lanes - 1) / lanes;
@@ -128,7 +128,7 @@ void forward(const ShortConv& c, const Tensor& start) {
 
 // Tasks own channels, not tokens: each sum of dw has one owner and one order.
 void backward(const ShortConvGradient& c, const Tensor& start) {
-  const auto& [dy, x, w, halo, dx, dw, dhalo] = c;
+  const Tensor &dy = c.dy, &x = c.x, &w = c.w, &halo = c.halo, &dx = c.dx, &dw = c.dw, &dhalo = c.dhalo;
   for_real(x.dtype, "short_conv_backward", [&]<class T>() {
     const std::int64_t segments = x.dim(0), length = x.dim(1), d = x.dim(2), width = w.dim(1);
     T* pdw = dw ? dw.as<T>() : nullptr;

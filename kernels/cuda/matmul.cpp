@@ -251,8 +251,8 @@ class DeviceProducts {
   std::map<Kind, Plan> plans_;
 };
 
-/// f of parts of `p` that make up the whole. Where all rows begin at multiples of 16 bytes, a dimension along which
-/// some matrix's rows run is cut to such a multiple, for the fast kernels, and its last few elements are a part of
+/// f of parts of `p` that make up the whole. Where all rows begin at multiples of 16 bytes, a dimension of c along
+/// which rows of c or a run is cut to such a multiple, for the fast kernels, and its last few elements are a part of
 /// their own.
 template <class F>
 void for_parts(const Product& p, const F& f) {
@@ -281,12 +281,11 @@ void for_parts(const Product& p, const F& f) {
     }
     f(q);
   };
-  if (!has_aligned_rows(p.a) || !has_aligned_rows(p.b) || !has_aligned_rows(p.c)) {
-    f(p);
-  } else if (p.transpose_a && is_cut(rows)) {
+  const bool is_aligned = has_aligned_rows(p.a) && has_aligned_rows(p.b) && has_aligned_rows(p.c);
+  if (is_aligned && p.transpose_a && is_cut(rows)) {
     with_rows(0, whole(rows));
     with_rows(whole(rows), rows);
-  } else if (is_cut(columns)) {
+  } else if (is_aligned && is_cut(columns)) {
     with_columns(0, whole(columns));
     with_columns(whole(columns), columns);
   } else {
