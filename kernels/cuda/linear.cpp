@@ -33,7 +33,7 @@ void linear_backward_input(const Stream& stream, const Tensor& dy, const Tensor&
   }
   matmul(stream, {.call = call, .a = dy, .b = w.rows(0, outputs - rest), .c = sums, .bias = {}});
   const Tensor last = w.rows(outputs - rest, outputs);
-  const LastProducts shape{dx.dim(0), to_int(dx.dim(1), call), static_cast<int>(rest), dy.dim(1), accumulate};
+  const LastProducts shape{dx.dim(0), to_int(dx.dim(1), call), static_cast<int>(rest), dy.dim(1), accumulate ? 1 : 0};
   const auto first = outputs - rest;
   check(dy.dtype == DType::bf16
             ? add_last_products(shape, floats(sums), bits(dy) + first, bits(last), bits(dx), native(stream))

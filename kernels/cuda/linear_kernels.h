@@ -19,7 +19,7 @@ struct LastProducts {
   std::int64_t rows;
   int columns, terms;  // columns a multiple of 4, at most 7 terms
   std::int64_t pitch;
-  bool accumulate;
+  std::int64_t accumulate;  // 0 or 1; wide, so that the struct has no padding
 };
 /// dx [rows, columns] = sums [rows, columns] + dy w (+ dx), in fp32, rounded once. All but dy at multiples of 16 bytes.
 cudaError_t add_last_products(const LastProducts& shape, const float* sums, const std::uint16_t* dy_bf16,

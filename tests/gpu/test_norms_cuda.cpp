@@ -40,9 +40,10 @@ TEST_P(RmsNormCuda, FollowsTheCpu) {
       EXPECT_LT(relative_rms(gy.host(), y), tolerance(2));
       kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, gold, gdx, gdw, workspace());
       kernels::rms_norm_backward(stream(), gdy, gx, gw, grstd, Tensor(), gdx_alone, Tensor(), workspace());
-      EXPECT_LT(relative_rms(gdx.host(), dx), tolerance());
-      // The gradient of a row of one element is eps, a difference of equal numbers.
+      // The gradient of a row of one element is eps, a difference of equal numbers, each as large as w dy / x: where x
+      // is small, more than is added to it.
       if (d > 1) {
+        EXPECT_LT(relative_rms(gdx.host(), dx), tolerance());
         EXPECT_LT(relative_rms(gdx_alone.host(), dx_alone), tolerance());
       }
       EXPECT_LT(relative_rms(gdw.host(), dw), 5e-6);  // float sums of up to 1000 signed terms
