@@ -10,7 +10,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export DELTAPIPE=$deltapipe OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
-die() { echo "FAILED: $*" >&2; tail -n 4 ./*.log >&2; exit 1; }
+die() {
+  echo "FAILED: $*" >&2
+  tail -n 4 ./*.log >&2
+  grep -aE '^launch|^mpirun|warning|error' ./*.log | tail -n 20 >&2 || true
+  exit 1
+}
 
 mkdir text
 for i in $(seq 1 40); do
@@ -82,7 +87,8 @@ mesh=()
 [ "$ranks" -eq 1 ] || mesh=(--set mesh.sequence=2 --set mesh.pipeline=$((ranks / 2)))
 share=()
 [ "$ranks" -le "$(nvidia-smi -L 2>/dev/null | wc -l)" ] || share=(--share-gpus)
-launcher=("$root/launch/mpirun.sh" -n "$ranks" "${share[@]}" job.toml "${mesh[@]}")
+# Signals that whoever started this ignores would stay ignored.
+launcher=(env --default-signal "$root/launch/mpirun.sh" -n "$ranks" "${share[@]}" job.toml "${mesh[@]}")
 launch() { "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1; }
 begin() {  # in the background; $job is the launcher
   "${launcher[@]}" --set "run.dir=$work/$1" >>"$1.log" 2>&1 &

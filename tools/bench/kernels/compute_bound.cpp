@@ -81,8 +81,8 @@ void kda(Bench& b, std::int64_t tokens) {
   in.v = b.normal(model, rows);
   in.f = b.normal(model, rows);
   in.b = b.normal(model, {1, tokens, heads});
-  in.a_log = b.normal(DType::f32, {heads});
-  in.dt_bias = b.normal(DType::f32, {heads, head_dim}, 2.0);
+  in.a_log = b.normal_around(2, DType::f32, {heads}, 0.5);  // gates as at the start of a training
+  in.dt_bias = b.normal_around(-4, DType::f32, {heads, head_dim}, 0.5);
   in.start = b.integers({1, tokens}, 1);
   in.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
   const Tensor o = b.empty(model, rows), d_o = b.normal(model, rows);
