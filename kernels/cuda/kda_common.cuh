@@ -202,14 +202,10 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-/// Barrier `id` of a group of `threads` threads, whole warps; arriving does not wait.
+/// Barrier `id` of a group of `threads` threads, whole warps.
 template <int threads>
 __device__ __forceinline__ void group_sync(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
-}
-template <int threads>
-__device__ __forceinline__ void group_arrive(int id) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
 }
 /// Lets the next kernel of the stream, if it was launched to run beside this one, start once every block has called
 /// this.

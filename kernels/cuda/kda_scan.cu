@@ -1,8 +1,8 @@
 // The scans over chunks. The V columns of a state are independent given a chunk's record: four warps hold 64 columns of
 // the state, transposed, as accumulators of wgmma; every product's sums are, rounded, the left operand of the next, and
-// right operands are the records' tiles as they arrive. A block of threads owns a head and walks all its chunks, or the
-// chunks of a piece for a map's half; its groups of four warps fill each other's waits. Further warps keep records and
-// values coming and store outputs.
+// right operands are the records' tiles as they arrive. A block of threads owns a head, or half of one where heads are
+// few, and walks the chunks of a segment or of a piece of one; where it has two such groups of warps they fill each
+// other's waits. Further warps keep records and values coming and store outputs.
 //
 // A chunk's time is that of its chain of three products, each of which waits for the one before. What is not on the
 // chain (outputs; in reverse what d_o contributes) is queued behind the chain's products, in halves where that fits the

@@ -26,7 +26,6 @@ struct Ring {
       phase ^= 1;
     }
   }
-  __device__ __forceinline__ int previous() const { return (stage == 0 ? stages : stage) - 1; }
 };
 
 template <class Shared>
