@@ -24,8 +24,8 @@ void poison(void* memory, std::size_t bytes, cudaStream_t stream) {
   if (wanted) check_cuda(cudaMemsetAsync(memory, 0xff, bytes, stream));
 }
 
-/// A copy of few bytes from pageable memory may still be on its way when the call returns, and the tests' streams do not
-/// wait for the default one.
+/// A copy of few bytes from pageable memory may still be on its way when the call returns, and the tests' streams do
+/// not wait for the default one.
 void copy_to_device(void* to, const void* from, std::size_t bytes) {
   check_cuda(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
   check_cuda(cudaDeviceSynchronize());
