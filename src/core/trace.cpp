@@ -143,7 +143,7 @@ void record(const Event& event, Mark begin, const Stream& stream) {
 
 void settle(const Stream& stream) {
   Recording& r = recording();
-  if (!is_of_device() || stream.is_dry()) return;
+  if (!is_on() || !is_of_device() || stream.is_dry()) return;
   synchronize(stream);
   std::erase_if(r.marked, [&](Marked& m) {
     if (!r.marks[static_cast<std::size_t>(m.end)].reached()) return false;
