@@ -114,27 +114,24 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
     arriving_slots = layout.slots;
   };
   if (arriving.there()) begin_arriving();
-  /// Starts to copy the next slot. A pack at a row's end brings elements of its line before the row, nothing behind it.
+  /// Starts to copy the next slot, but for packs that lie in the row in part: `complete` brings those.
   const auto fetch = [&](int place) {
     if (arriving.there()) {
 #pragma unroll
       for (int half = 0; half < halves; ++half, arriving_span.at += half_elements) {
         const std::uint32_t to = address_of(packs_at(place, half));
         const T* const from = arriving_from + arriving_span.at;
-        if (!copied) continue;
-        if (arriving_span.whole()) {
+        if (copied && arriving_span.whole()) {
           asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
           if constexpr (with_teacher) {
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + half_packs * 16), "l"(teacher_of(from))
                          : "memory");
           }
         } else if (arriving_span.there(width)) {
-          const int bytes = min(width, n - arriving_span.at) * static_cast<int>(sizeof(T));
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+          const T* const first = arriving_from + max(arriving_span.at, 0);
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(first)));
           if constexpr (with_teacher) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + half_packs * 16),
-                         "l"(teacher_of(from)), "r"(bytes)
-                         : "memory");
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(teacher_of(first))));
           }
         }
       }
@@ -145,23 +142,19 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  /// Puts the lowest finite number where a pack lies outside the row: its probability is 0 on both sides, and their
-  /// difference too. Brings the row's elements where no copy did.
+  /// Brings a pack's elements that no copy did. Outside the row it puts the lowest finite number: its probability is 0
+  /// on both sides, and their difference too.
   const auto complete = [&](int row, int at, uint4* packs) {
+    constexpr T lowest = std::is_same_v<T, Bits> ? T(0xff7f) : T(-FLT_MAX);
 #pragma unroll 1
     for (int m = 0; m < models; ++m) {
       T* const to = reinterpret_cast<T*>(packs + m * half_packs);
       const T* const from = m == 0 ? student_row(row) : teacher_of(student_row(row));
-#pragma unroll 1
-      for (int j = 0; j < width; ++j) {
-        if (at + j >= 0 && at + j < n) {
-          if (!copied) to[j] = from[at + j];
-        } else if constexpr (std::is_same_v<T, Bits>) {
-          to[j] = 0xff7f;
-        } else {
-          to[j] = -FLT_MAX;
-        }
-      }
+      T x[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) x[j] = at + j >= 0 && at + j < n ? from[at + j] : lowest;
+#pragma unroll
+      for (int j = 0; j < width; ++j) to[j] = x[j];
     }
   };
 
