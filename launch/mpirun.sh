@@ -106,8 +106,8 @@ if $share_gpus; then
   program=(bash -c 'NCCL_HOSTID=rank-$OMPI_COMM_WORLD_RANK exec "$0" "$@"' "$deltapipe")
 fi
 
-# A job of its own session gets no signal from the terminal: mpirun would kill the ranks on SIGINT and SIGTERM, where it
-# hands SIGUSR1 to each of them. When this script is killed, the job is told to stop as well.
+# A job of its own session gets no signal from the terminal: mpirun would kill the ranks on SIGINT and SIGTERM. A rank
+# that gets SIGUSR1 tells the others. When this script is killed, the job is told to stop as well.
 start=(setsid)
 if setpriv --help 2>/dev/null | grep -q pdeathsig; then start+=(setpriv --pdeathsig USR1); fi
 
@@ -117,6 +117,19 @@ tell() {
   told=true
   kill "-$1" "$job" 2>/dev/null || true
 }
+# Once, and not by mpirun where a rank runs here: a second SIGUSR1 would end a rank at once, and some builds of Open MPI
+# (Ubuntu 24.04's 4.1.6) hand on none.
+tell_ranks() {
+  local rank program
+  [ -n "$job" ] || return 0
+  program=$(printf '%s' "$deltapipe" | sed 's/[][\\.*^$+?(){}|]/\\&/g')
+  rank=$(pgrep -s "$job" -f "^$program train " | head -n 1) || true
+  if [ -n "$rank" ] && kill -USR1 "$rank" 2>/dev/null; then
+    told=true
+  else
+    tell USR1
+  fi
+}
 stop() {
   interrupted=true
   if $stopping; then
@@ -125,7 +138,7 @@ stop() {
   else
     stopping=true
     say "SIG$1: the job finishes its step, writes a checkpoint and ends"
-    tell USR1
+    tell_ranks
   fi
 }
 for signal in TERM INT HUP USR1; do
@@ -137,7 +150,7 @@ attempt=0
 while ! $stopping; do
   "${start[@]}" "$mpirun" "${options[@]}" "${program[@]}" train "$@" --resume auto </dev/null &
   job=$!
-  if $stopping && ! $told; then tell USR1; fi  # the signal came while the job was being started
+  if $stopping && ! $told; then tell_ranks; fi  # the signal came while the job was being started
   while interrupted=false; do
     code=0
     wait "$job" || code=$?

@@ -67,8 +67,8 @@ struct Records {
 ///
 /// What the spare multiprocessors prepare while a chunk of all heads is scanned is 0.13 chunks of one head each (H100,
 /// K = 128: 0.93 us beside 7.2); leaving them half as much again has measured best.
-Pace pace_of(const Problem& p, const Records& records, bool backwards) {
-  const int spare = spare_processors(p), heads = p.segments * p.heads;
+Pace pace_of(const Problem& p, const Records& records, bool backwards, bool maps = false) {
+  const int spare = spare_processors(p, maps), heads = p.segments * p.heads;
   if (spare < 16) return {};
   const double share = 0.2 * spare / heads;
   return {.ready = records.ready,
@@ -172,9 +172,10 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
 cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, cudaStream_t stream) {
   const Records r(records, p);
   const PieceMaps maps = r.maps.pieces > 1 ? r.maps : PieceMaps{1, m, e};
+  const Pace pace = maps.pieces > 1 ? Pace{} : pace_of(p, r, false, true);
   return Status()
-      .then([&] { return prepare(p, r.all, {}, stream); })
-      .then([&] { return scan_maps(p, r.all, maps, stream); })
+      .then([&] { return prepare(p, r.all, pace, stream); })
+      .then([&] { return scan_maps(p, r.all, pace.ready, maps, stream); })
       .then([&] { return maps.pieces > 1 ? join_maps(p, maps, m, e, stream) : cudaSuccess; })
       .error();
 }

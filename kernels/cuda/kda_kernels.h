@@ -92,7 +92,9 @@ struct PieceMaps {
   float* e;  // [pieces, S, H, K, V]
 };
 int map_pieces(const Problem& p);
-cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream);
+/// ready: as in ForwardScan.
+cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps,
+                      cudaStream_t stream);
 cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream);
 /// states [pieces, S, H, K, V]; state_in may be null.
 cudaError_t piece_states(const Problem& p, const PieceMaps& maps, const float* state_in, float* states,
@@ -110,8 +112,8 @@ struct ReverseScan {
 };
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream);
 
-/// Multiprocessors that neither scan takes.
-int spare_processors(const Problem& p);
+/// Multiprocessors that a scan leaves: either one, or that of whole segments' maps.
+int spare_processors(const Problem& p, bool maps);
 
 /// All gradients of every chunk; sums [S, H, NC, K + 1]: each chunk's ddt_bias, then da_log.
 struct ChunkGradients {

@@ -3,64 +3,76 @@
 // runs of chunks whose maps are joined here, in fp32: the more heads, the fewer.
 #include "kernels/cuda/kda_common.cuh"
 
+#include <algorithm>
+
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-constexpr int join_columns = 32, join_threads = 512;
+constexpr int join_columns = 32;  // a block's
+template <int K>
+constexpr int join_threads = 2 * K;  // each four rows, K / 4 apart, and four columns
 
 template <int K>
 struct JoinShared {
-  float m[K][K];
+  float m[K][K + 4];  // lanes' rows fall into different banks
   float x[K][join_columns];
 };
 
 /// A block owns 32 columns of a head's [M | E] and takes them through one piece after another; or 32 columns of its
 /// state, and writes what comes into each piece.
 template <int K, bool states>
-__global__ void __launch_bounds__(join_threads)
+__global__ void __launch_bounds__(join_threads<K>)
     join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, const float* state_in, float* m,
                 float* e) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
-  constexpr int parts = K / join_columns, rows = K * join_columns / join_threads, all = states ? parts : 2 * parts;
-  const int column = threadIdx.x % join_columns, first = threadIdx.x / join_columns * rows;
+  constexpr int parts = K / join_columns, all = states ? parts : 2 * parts, fours = join_columns / 4;
+  const int column = threadIdx.x % fours * 4, first = threadIdx.x / fours;
   const int head = blockIdx.x / all, part = blockIdx.x % all;
   const bool is_m = !states && part < parts;
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
+  const auto place = [&](int r) { return own + (first + r * (K / 4)) * K; };
   const float* begin = states ? state_in : is_m ? piece_m : piece_e;
   wait_for_previous_kernel();
-  float x[rows];
+  float4 x[4];
 #pragma unroll
-  for (int r = 0; r < rows; ++r) x[r] = begin != nullptr ? begin[own + (first + r) * K] : 0.0f;
+  for (int r = 0; r < 4; ++r) x[r] = begin != nullptr ? quad(begin + place(r)) : float4{};
   for (int i = 1; i < pieces; ++i) {
     const int piece = states ? i - 1 : i;
-    if constexpr (states) {
+    __syncthreads();
+    const float* from = piece_m + piece * piece_size + at;
 #pragma unroll
-      for (int r = 0; r < rows; ++r) e[piece * piece_size + own + (first + r) * K] = x[r];
+    for (int k = threadIdx.x; k < K * K / 4; k += join_threads<K>) {
+      copy_async_16(shared_address(&s.m[k / (K / 4)][k % (K / 4) * 4]), from + 4 * k, true);
     }
+    copy_async_commit();
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (states) *reinterpret_cast<float4*>(e + piece * piece_size + place(r)) = x[r];
+      *reinterpret_cast<float4*>(&s.x[first + r * (K / 4)][column]) = x[r];
+      x[r] = is_m ? float4{} : quad(piece_e + piece * piece_size + place(r));
+    }
+    copy_async_wait<0>();
     __syncthreads();
-    const auto* from = reinterpret_cast<const float4*>(piece_m + piece * piece_size + at);
-    auto* to = reinterpret_cast<float4*>(s.m);
-#pragma unroll
-    for (int k = threadIdx.x; k < K * K / 4; k += join_threads) to[k] = from[k];
-#pragma unroll
-    for (int r = 0; r < rows; ++r) s.x[first + r][column] = x[r];
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < rows; ++r) x[r] = is_m ? 0.0f : piece_e[piece * piece_size + own + (first + r) * K];
+#pragma unroll 4
     for (int k = 0; k < K; k += 4) {
-      const float y0 = s.x[k][column], y1 = s.x[k + 1][column], y2 = s.x[k + 2][column], y3 = s.x[k + 3][column];
+      float4 y[4];
 #pragma unroll
-      for (int r = 0; r < rows; ++r) {
-        const float4 a = *reinterpret_cast<const float4*>(&s.m[first + r][k]);
-        x[r] += a.x * y0 + a.y * y1 + a.z * y2 + a.w * y3;
+      for (int j = 0; j < 4; ++j) y[j] = quad(&s.x[k + j][column]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float4 a = quad(&s.m[first + r * (K / 4)][k]);
+        x[r].x += a.x * y[0].x + a.y * y[1].x + a.z * y[2].x + a.w * y[3].x;
+        x[r].y += a.x * y[0].y + a.y * y[1].y + a.z * y[2].y + a.w * y[3].y;
+        x[r].z += a.x * y[0].z + a.y * y[1].z + a.z * y[2].z + a.w * y[3].z;
+        x[r].w += a.x * y[0].w + a.y * y[1].w + a.z * y[2].w + a.w * y[3].w;
       }
     }
   }
   float* out = states ? e + (pieces - 1) * piece_size : is_m ? m : e;
 #pragma unroll
-  for (int r = 0; r < rows; ++r) out[own + (first + r) * K] = x[r];
+  for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(out + place(r)) = x[r];
 }
 
 template <int K, bool states>
@@ -76,7 +88,7 @@ cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(heads * parts));
-  config.blockDim = dim3(join_threads);
+  config.blockDim = dim3(join_threads<K>);
   config.dynamicSmemBytes = sizeof(JoinShared<K>);
   config.stream = stream;
   config.attrs = &attribute;
@@ -126,11 +138,13 @@ __global__ void multiply_add_kernel(int rows, int columns, const float* a, bool 
 }  // namespace
 
 // From the shapes alone, so that workspace and results do not depend on the device: as many as fill an H100's 132
-// multiprocessors with one block each, of eight chunks at least.
+// multiprocessors with one block each. With many heads a whole segment is scanned beside its preparation, which takes
+// longer, and only long segments are worth cutting.
 int map_pieces(const Problem& p) {
-  const int fill = 132 / (2 * p.segments * p.heads), most = p.chunks() / 8;
-  const int pieces = fill < most ? fill : most;
-  return pieces < 1 ? 1 : pieces > 8 ? 8 : pieces;
+  const int blocks = 2 * p.segments * p.heads, fill = 132 / blocks;
+  if (blocks > 32) return fill > 0 && p.chunks() >= 64 * fill ? fill : 1;
+  const int pieces = std::min(fill, p.chunks() / 8);
+  return std::clamp(pieces, 1, 8);
 }
 
 cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream) {

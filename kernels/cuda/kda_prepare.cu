@@ -166,7 +166,6 @@ __device__ __noinline__ void exact_block(const Problem& p, const Place at, Share
   }
 }
 
-__device__ __forceinline__ float4 quad(const float* x) { return *reinterpret_cast<const float4*>(x); }
 __device__ __forceinline__ void add(float4& sum, float a, const float4& x) {
   sum.x += a * x.x;
   sum.y += a * x.y;

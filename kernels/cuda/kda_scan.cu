@@ -13,7 +13,13 @@
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
-enum class Mode { outputs, states, maps };
+/// Maps of pieces of segments, or of whole segments.
+enum class Mode { outputs, states, piece_maps, maps };
+template <Mode mode>
+constexpr bool is_map = mode == Mode::piece_maps || mode == Mode::maps;
+/// Blocks of a cluster: M's and E's of a piece, which read the same records.
+template <Mode mode>
+constexpr int cluster_of = mode == Mode::piece_maps ? 2 : 1;
 
 /// Behind the warps that hold the state: producers of a record's two parts and of values, and who stores outputs.
 enum Role { state_producer, output_producer, value_producer, output_storer, roles };
@@ -56,8 +62,8 @@ __global__ void __launch_bounds__(threads<groups>, 1)
     forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ ForwardScan io,
                    const __grid_constant__ Tensors tensors, int all_chunks) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
-  constexpr bool outputs = mode == Mode::outputs, maps = mode == Mode::maps;
-  using S = Shared<K, groups, outputs, maps ? 2 : 1>;
+  constexpr bool outputs = mode == Mode::outputs, maps = is_map<mode>;
+  using S = Shared<K, groups, outputs, cluster_of<mode>>;
   auto& s = *reinterpret_cast<S*>(memory);
   constexpr int operands = K / 16, panels = K / 64;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -391,16 +397,16 @@ cudaError_t forward_of(const Problem& p, const ForwardScan& s, int groups, cudaS
   if (error == cudaSuccess && mode == Mode::outputs) error = box_map(&tensors.o, p, s.o);
   if (error != cudaSuccess) return error;
   return by_shape(p, groups, [&]<int K, int n>() {
-    constexpr int cluster = mode == Mode::maps ? 2 : 1;  // of M's block and E's, which read the same records
-    return launch(forward_kernel<K, n, mode>, cluster * s.pieces * blocks(p, n), cluster, threads<n>,
+    constexpr int cluster = cluster_of<mode>;
+    return launch(forward_kernel<K, n, mode>, (is_map<mode> ? 2 : 1) * s.pieces * blocks(p, n), cluster, threads<n>,
                   sizeof(Shared<K, n, mode == Mode::outputs, cluster>), stream, p, s, tensors);
   });
 }
 
 }  // namespace
 
-int spare_processors(const Problem& p) {
-  const int spare = processors() - blocks(p, groups_of(p));
+int spare_processors(const Problem& p, bool maps) {
+  const int taken = maps ? 2 * blocks(p, p.head_dim / 64) : blocks(p, groups_of(p)), spare = processors() - taken;
   return spare < 0 ? 0 : spare;
 }
 
@@ -411,9 +417,11 @@ cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t st
                              : forward_of<Mode::outputs>(p, s, groups, stream);
 }
 
-cudaError_t scan_maps(const Problem& p, const void* records, const PieceMaps& maps, cudaStream_t stream) {
-  return forward_of<Mode::maps>(p, {.records = records, .state_out = maps.e, .pieces = maps.pieces, .m = maps.m},
-                                p.head_dim / 64, stream);
+cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps,
+                      cudaStream_t stream) {
+  const ForwardScan s{.records = records, .state_out = maps.e, .ready = ready, .pieces = maps.pieces, .m = maps.m};
+  return maps.pieces > 1 ? forward_of<Mode::piece_maps>(p, s, p.head_dim / 64, stream)
+                         : forward_of<Mode::maps>(p, s, p.head_dim / 64, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {

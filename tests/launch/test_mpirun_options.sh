@@ -21,6 +21,14 @@ if [ "$code" = wait ]; then
   echo ready >signals
   for i in $(seq 600); do sleep 0.05; done
 fi
+if [ "$code" = rank ]; then  # has one, and hands on nothing
+  trap 'echo USR1 >>signals' USR1
+  (exec -a "$DELTAPIPE train job.toml" bash -c 'trap "echo rank >>signals; exit 0" USR1
+    echo ready >signals
+    for i in $(seq 600); do sleep 0.05; done; exit 1') &
+  wait $!
+  exit
+fi
 [ "$code" = crash ] && kill -SEGV $$
 exit "${code:-0}"
 SCRIPT
@@ -121,15 +129,21 @@ for signal in TERM INT HUP USR1; do
   expect_line "$shop/signals" '^USR1$'
   expect_line "$shop/out" "^launch: SIG$signal: the job finishes its step"
 done
-# Starts a job that waits, and signals its launcher, `pid`.
+# Starts a job, by default one that waits, and signals its launcher, `pid`.
 told() {
   rm -f "$shop/calls" "$shop/signals"
-  echo wait >"$shop/codes"
+  echo "${1:-wait}" >"$shop/codes"
   "$launch/mpirun.sh" job.toml >"$shop/out" 2>&1 &
   pid=$!
   wait_for 100 has_line "$shop/signals" ready || problem "the job did not start" "$shop/out"
   kill -TERM "$pid"
 }
+# A rank on this machine gets the signal, and mpirun none: a second one would end ranks at once.
+told rank
+code=0
+wait "$pid" || code=$?
+expect 0 1
+[ "$(cat "$shop/signals")" = $'ready\nrank' ] || problem "the rank alone should be told" "$shop/signals"
 # A job that the signal kills, since its ranks were not ready for it, is not started again either.
 sed -i "s/exit 0' USR1/exit 138' USR1/" "$programs/mpirun"
 told
