@@ -376,6 +376,7 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
           }
           merged.of[m].place = __reduce_min_sync(0xffffffffu, place);
         }
+        __syncwarp();  // lane 0 arrives for the warp: what the others have read of earlier rows comes before
         if (lane == 0) {
           shared.warp[turn][warp] = merged;
           arrive(shared.summed[turn]);
@@ -422,6 +423,7 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
             if (lane == 0) measured.warp[turn][warp][i] = v[i];
             v[i] = 0;
           }
+          __syncwarp();
           if (lane == 0) arrive(measured.summed[turn]);
         }
         --ahead_of_measuring;
