@@ -15,6 +15,7 @@ import sys
 import torch
 
 import check
+from compile_ahead import compile_ahead
 from library import Library
 
 # Measured ceilings of one H100: copy bandwidth (bytes read and written a second) and bf16 GEMM.
@@ -186,6 +187,8 @@ def main():
     parser.add_argument('--only', default='', help='shapes whose title matches this pattern, as printed')
     args = parser.parse_args()
     lib = Library(args.library)
+    if not args.no_peer:
+        compile_ahead()
     checks, ok = ([], True) if args.no_check else check.all_cases(lib, args.quick)
     print('checks:', 'all within tolerance' if ok else 'FAILED', flush=True)
     smi = subprocess.run(['nvidia-smi', '--query-gpu=name,driver_version', '--format=csv,noheader'],
