@@ -111,6 +111,7 @@ fi
 start=(setsid)
 if setpriv --help 2>/dev/null | grep -q pdeathsig; then start+=(setpriv --pdeathsig USR1); fi
 
+rank_command="^$(printf '%s' "$deltapipe" | sed 's/[][\\.*^$+?(){}|]/\\&/g') train "
 job='' stopping=false told=false interrupted=false
 tell() {
   [ -n "$job" ] || return 0
@@ -120,10 +121,9 @@ tell() {
 # Once, and not by mpirun where a rank runs here: a second SIGUSR1 would end a rank at once, and some builds of Open MPI
 # (Ubuntu 24.04's 4.1.6) hand on none.
 tell_ranks() {
-  local rank program
+  local rank
   [ -n "$job" ] || return 0
-  program=$(printf '%s' "$deltapipe" | sed 's/[][\\.*^$+?(){}|]/\\&/g')
-  rank=$(pgrep -s "$job" -f "^$program train " | head -n 1) || true
+  rank=$(pgrep -s "$job" -f "$rank_command" | head -n 1) || true
   if [ -n "$rank" ] && kill -USR1 "$rank" 2>/dev/null; then
     told=true
   else
@@ -141,6 +141,16 @@ stop() {
     tell_ranks
   fi
 }
+# Open MPI has been seen to wait for ever for a rank that had died while MPI started. Where all ranks belong here, mpirun
+# is killed when it has had none for half a minute; what follows is what follows a lost rank.
+watch() {
+  local without=0
+  while sleep 5 && kill -0 "$1"; do
+    without=$((without + 5))
+    ! pgrep -s "$1" -f "$rank_command" || without=0
+    [ "$without" -lt 30 ] || kill -KILL "$1"
+  done
+}
 for signal in TERM INT HUP USR1; do
   # shellcheck disable=SC2064  # the name of now
   trap "stop $signal" "$signal"
@@ -151,11 +161,17 @@ while ! $stopping; do
   "${start[@]}" "$mpirun" "${options[@]}" "${program[@]}" train "$@" --resume auto </dev/null &
   job=$!
   if $stopping && ! $told; then tell_ranks; fi  # the signal came while the job was being started
+  watcher=''
+  if [ -z "$hostfile" ]; then
+    watch "$job" </dev/null >/dev/null 2>&1 &
+    watcher=$!
+  fi
   while interrupted=false; do
     code=0
     wait "$job" || code=$?
     $interrupted || break  # a signal to this script ends `wait` before the job's end
   done
+  [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
   # After a killed mpirun ranks may live on for a while; two jobs must not write into one folder.
   pkill -KILL -s "$job" 2>/dev/null || true
   job=''

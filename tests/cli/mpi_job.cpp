@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <charconv>
 #include <sstream>
 #include <thread>
@@ -106,6 +107,16 @@ bool Job::wait_until(const std::function<bool()>& happened) {
 }
 
 Outcome Job::wait() {
+  // Open MPI may wait for ever for a rank that died while MPI started.
+  const auto start = std::chrono::steady_clock::now();
+  auto last_seen = start, now = start;
+  while (!mpirun_.has_ended() && now - start < std::chrono::minutes(4)) {
+    const auto ranks = children_of(mpirun_.pid());
+    now = std::chrono::steady_clock::now();
+    if (std::any_of(ranks.begin(), ranks.end(), is_alive)) last_seen = now;
+    if (now - last_seen > std::chrono::seconds(20)) mpirun_.kill(SIGKILL);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
   Outcome outcome = mpirun_.wait();
   end_ = std::chrono::steady_clock::now();
   const auto last = end_ + std::chrono::seconds(10);  // what mpirun has killed may take a moment to be gone

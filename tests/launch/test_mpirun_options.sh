@@ -21,6 +21,7 @@ if [ "$code" = wait ]; then
   echo ready >signals
   for i in $(seq 600); do sleep 0.05; done
 fi
+[ "$code" != hang ] || exec sleep 600
 if [ "$code" = rank ]; then  # has one, and hands on nothing
   trap 'echo USR1 >>signals' USR1
   (exec -a "$DELTAPIPE train job.toml" bash -c 'trap "echo rank >>signals; exit 0" USR1
@@ -144,6 +145,10 @@ code=0
 wait "$pid" || code=$?
 expect 0 1
 [ "$(cat "$shop/signals")" = $'ready\nrank' ] || problem "the rank alone should be told" "$shop/signals"
+# An mpirun that goes on without ranks is ended, and the job started again.
+run "hang 0" job.toml
+expect 0 2
+expect_line "$shop/out" '^launch: a rank or a host was lost .exit status 137.; restart 1 of 3'
 # A job that the signal kills, since its ranks were not ready for it, is not started again either.
 sed -i "s/exit 0' USR1/exit 138' USR1/" "$programs/mpirun"
 told
