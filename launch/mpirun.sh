@@ -141,14 +141,14 @@ stop() {
     tell_ranks
   fi
 }
-# Open MPI has been seen to wait for ever for a rank that had died while MPI started. Where all ranks belong here, mpirun
-# is killed when it has had none for half a minute; what follows is what follows a lost rank.
+# Open MPI has been seen to wait for ever after a rank had died while MPI started: a dead child that mpirun has not
+# noticed, and no rank. After half a minute of that it is killed; what follows is what follows a lost rank.
 watch() {
-  local without=0
+  local stuck=0
   while sleep 5 && kill -0 "$1"; do
-    without=$((without + 5))
-    ! pgrep -s "$1" -f "$rank_command" || without=0
-    [ "$without" -lt 30 ] || kill -KILL "$1"
+    stuck=$((stuck + 5))
+    if pgrep -s "$1" -f "$rank_command" || ! pgrep -P "$1" --runstates Z; then stuck=0; fi
+    [ "$stuck" -lt 30 ] || kill -KILL "$1"
   done
 }
 for signal in TERM INT HUP USR1; do
@@ -161,17 +161,14 @@ while ! $stopping; do
   "${start[@]}" "$mpirun" "${options[@]}" "${program[@]}" train "$@" --resume auto </dev/null &
   job=$!
   if $stopping && ! $told; then tell_ranks; fi  # the signal came while the job was being started
-  watcher=''
-  if [ -z "$hostfile" ]; then
-    watch "$job" </dev/null >/dev/null 2>&1 &
-    watcher=$!
-  fi
+  watch "$job" </dev/null >/dev/null 2>&1 &
+  watcher=$!
   while interrupted=false; do
     code=0
     wait "$job" || code=$?
     $interrupted || break  # a signal to this script ends `wait` before the job's end
   done
-  [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
+  kill "$watcher" 2>/dev/null || true
   # After a killed mpirun ranks may live on for a while; two jobs must not write into one folder.
   pkill -KILL -s "$job" 2>/dev/null || true
   job=''

@@ -21,7 +21,11 @@ if [ "$code" = wait ]; then
   echo ready >signals
   for i in $(seq 600); do sleep 0.05; done
 fi
-[ "$code" != hang ] || exec sleep 600
+if [ "$code" = remote ]; then exec sleep 40; fi
+if [ "$code" = hang ]; then
+  true &  # dead, and never noticed
+  exec sleep 600
+fi
 if [ "$code" = rank ]; then  # has one, and hands on nothing
   trap 'echo USR1 >>signals' USR1
   (exec -a "$DELTAPIPE train job.toml" bash -c 'trap "echo rank >>signals; exit 0" USR1
@@ -145,7 +149,10 @@ code=0
 wait "$pid" || code=$?
 expect 0 1
 [ "$(cat "$shop/signals")" = $'ready\nrank' ] || problem "the rank alone should be told" "$shop/signals"
-# An mpirun that goes on without ranks is ended, and the job started again.
+# An mpirun that does not notice that its last rank is dead is ended, and the job started again. One whose ranks are on
+# other hosts alone goes on.
+run "remote" job.toml
+expect 0 1
 run "hang 0" job.toml
 expect 0 2
 expect_line "$shop/out" '^launch: a rank or a host was lost .exit status 137.; restart 1 of 3'
