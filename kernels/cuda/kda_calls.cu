@@ -52,7 +52,7 @@ struct Records {
     const std::size_t k = static_cast<std::size_t>(p.head_dim);
     all = carver.take<std::uint8_t>(records_alone(p));
     ready = carver.take<int>(p.head_chunks());
-    maps.pieces = map_pieces(p);
+    maps = map_pieces(p);
     const std::size_t n = maps.pieces == 1 ? 0 : static_cast<std::size_t>(maps.pieces) * p.segments * p.heads * k * k;
     maps.m = carver.take<float>(n);
     maps.e = carver.take<float>(n);
@@ -171,12 +171,12 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
 
 cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, cudaStream_t stream) {
   const Records r(records, p);
-  const PieceMaps maps = r.maps.pieces > 1 ? r.maps : PieceMaps{1, m, e};
-  const Pace pace = maps.pieces > 1 ? Pace{} : pace_of(p, r, false, true);
+  const bool whole = r.maps.pieces == 1 || r.maps.from_start;
+  const Pace pace = whole ? pace_of(p, r, false, true) : Pace{};
   return Status()
       .then([&] { return prepare(p, r.all, pace, stream); })
-      .then([&] { return scan_maps(p, r.all, pace.ready, maps, stream); })
-      .then([&] { return maps.pieces > 1 ? join_maps(p, maps, m, e, stream) : cudaSuccess; })
+      .then([&] { return scan_maps(p, r.all, pace.ready, r.maps, m, e, stream); })
+      .then([&] { return whole ? cudaSuccess : join_maps(p, r.maps, m, e, stream); })
       .error();
 }
 

@@ -80,7 +80,11 @@ struct ForwardScan {
   const int* ready = nullptr;       // of the prepare queued just before, which may still run
   // Pieces of the segments, scanned side by side; state_in is [pieces, S, H, K, V] then.
   int pieces = 1;
-  float* m = nullptr;  // of scan_maps alone, whose state_out is e: [pieces, S, H, ...]
+  // Of scan_maps alone, whose state_out is e: [pieces, S, H, ...]; of a whole segment also the map of every run of
+  // pieces from its start on, of which `marks` are cut, but of all.
+  float* m = nullptr;
+  int marks = 1;
+  float *mark_m = nullptr, *mark_e = nullptr;
 };
 cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t stream);
 
@@ -88,13 +92,16 @@ cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t st
 /// and the state that comes into each piece, with which a forward scan can walk all pieces at once.
 struct PieceMaps {
   int pieces;
-  float* m;  // [pieces, S, H, K, K]
-  float* e;  // [pieces, S, H, K, V]
+  bool from_start;  // map i is that of pieces 0 to i; the last one is the segment's and not kept here
+  float* m;         // [pieces, S, H, K, K]
+  float* e;         // [pieces, S, H, K, V]
 };
-int map_pieces(const Problem& p);
-/// ready: as in ForwardScan.
-cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps,
-                      cudaStream_t stream);
+/// Its m and e are null.
+PieceMaps map_pieces(const Problem& p);
+/// Of the pieces; of the segments, too, into m and e, where maps are from the start or the piece is one. ready: as in
+/// ForwardScan.
+cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps, float* m,
+                      float* e, cudaStream_t stream);
 cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream);
 /// states [pieces, S, H, K, V]; state_in may be null.
 cudaError_t piece_states(const Problem& p, const PieceMaps& maps, const float* state_in, float* states,

@@ -19,16 +19,17 @@ struct JoinShared {
 };
 
 /// A block owns 32 columns of a head's [M | E] and takes them through one piece after another; or 32 columns of its
-/// state, and writes what comes into each piece.
+/// state, and writes what comes into each piece; where maps are from the start, into one.
 template <int K, bool states>
 __global__ void __launch_bounds__(join_threads<K>)
     join_kernel(int heads, int pieces, const float* piece_m, const float* piece_e, const float* state_in, float* m,
-                float* e) {
+                float* e, bool from_start) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
   constexpr int parts = K / join_columns, all = states ? parts : 2 * parts, fours = join_columns / 4;
   const int column = threadIdx.x % fours * 4, first = threadIdx.x / fours;
-  const int head = blockIdx.x / all, part = blockIdx.x % all;
+  const int head = blockIdx.x / all % heads, part = blockIdx.x % all;
+  const int first_piece = from_start ? 1 + blockIdx.x / (all * heads) : 1, end = from_start ? first_piece + 1 : pieces;
   const bool is_m = !states && part < parts;
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(join_threads<K>)
   float4 x[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) x[r] = begin != nullptr ? quad(begin + place(r)) : float4{};
-  for (int i = 1; i < pieces; ++i) {
+  for (int i = first_piece; i < end; ++i) {
     const int piece = states ? i - 1 : i;
     __syncthreads();
     const float* from = piece_m + piece * piece_size + at;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(join_threads<K>)
     copy_async_commit();
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      if constexpr (states) *reinterpret_cast<float4*>(e + piece * piece_size + place(r)) = x[r];
+      if (states && (!from_start || piece == 0)) *reinterpret_cast<float4*>(e + piece * piece_size + place(r)) = x[r];
       *reinterpret_cast<float4*>(&s.x[first + r * (K / 4)][column]) = x[r];
       x[r] = is_m ? float4{} : quad(piece_e + piece * piece_size + place(r));
     }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(join_threads<K>)
       }
     }
   }
-  float* out = states ? e + (pieces - 1) * piece_size : is_m ? m : e;
+  float* out = states ? e + (end - 1) * piece_size : is_m ? m : e;
 #pragma unroll
   for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(out + place(r)) = x[r];
 }
@@ -87,14 +88,14 @@ cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(heads * parts));
+  config.gridDim = dim3(static_cast<unsigned>(heads * parts * (maps.from_start ? maps.pieces - 1 : 1)));
   config.blockDim = dim3(join_threads<K>);
   config.dynamicSmemBytes = sizeof(JoinShared<K>);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, heads, maps.pieces, static_cast<const float*>(maps.m),
-                            static_cast<const float*>(maps.e), state_in, m, e);
+                            static_cast<const float*>(maps.e), state_in, m, e, maps.from_start);
 }
 
 constexpr int product_tile = 32;
@@ -139,12 +140,13 @@ __global__ void multiply_add_kernel(int rows, int columns, const float* a, bool 
 
 // From the shapes alone, so that workspace and results do not depend on the device: as many as fill an H100's 132
 // multiprocessors with one block each. With many heads a whole segment is scanned beside its preparation, which takes
-// longer, and only long segments are worth cutting.
-int map_pieces(const Problem& p) {
+// longer, and only long segments are worth cutting; the forward scan after the map has pieces all the same.
+PieceMaps map_pieces(const Problem& p) {
   const int blocks = 2 * p.segments * p.heads, fill = 132 / blocks;
-  if (blocks > 32) return fill > 0 && p.chunks() >= 64 * fill ? fill : 1;
-  const int pieces = std::min(fill, p.chunks() / 8);
-  return std::clamp(pieces, 1, 8);
+  const bool from_start = blocks > 32 && p.chunks() < 64 * fill;
+  const int least = blocks > 32 && !from_start ? 64 : 8;
+  const int pieces = std::clamp(std::min(fill, p.chunks() / least), 1, 8);
+  return {.pieces = pieces, .from_start = from_start && pieces > 1, .m = nullptr, .e = nullptr};
 }
 
 cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream) {

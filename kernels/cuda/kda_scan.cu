@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   Ring<S::state_stages> at;
   Ring<S::output_stages> out_at;
   Ring<value_stages> values_at;
+  [[maybe_unused]] int mark = 0, next_mark = io.marks > 1 ? all_chunks / io.marks : -1;
   begin_chunk(0, at, values_at);
   for (int c = 0; c < chunks; ++c) {
     const std::uint8_t* record = s.state[at.stage];
@@ -231,6 +232,14 @@ __global__ void __launch_bounds__(threads<groups>, 1)
       settle<8>(o);
       release(&s.output_empty[out_at.stage], lane);
       out_at.next();
+    }
+    if constexpr (mode == Mode::maps) {
+      if (c + 1 == next_mark) {
+        store_state<K>(state,
+                       (valueless ? io.mark_m : io.mark_e) + (static_cast<std::size_t>(mark) * heads + head) * K * K, K,
+                       first, lane);
+        next_mark = ++mark + 1 < io.marks ? all_chunks * (mark + 1) / io.marks : -1;
+      }
     }
   }
   if constexpr (outputs) {
@@ -417,11 +426,17 @@ cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t st
                              : forward_of<Mode::outputs>(p, s, groups, stream);
 }
 
-cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps,
-                      cudaStream_t stream) {
-  const ForwardScan s{.records = records, .state_out = maps.e, .ready = ready, .pieces = maps.pieces, .m = maps.m};
-  return maps.pieces > 1 ? forward_of<Mode::piece_maps>(p, s, p.head_dim / 64, stream)
-                         : forward_of<Mode::maps>(p, s, p.head_dim / 64, stream);
+cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps, float* m,
+                      float* e, cudaStream_t stream) {
+  ForwardScan s{.records = records, .state_out = maps.e, .ready = ready, .pieces = maps.pieces, .m = maps.m};
+  if (maps.pieces > 1 && !maps.from_start) return forward_of<Mode::piece_maps>(p, s, p.head_dim / 64, stream);
+  s.pieces = 1;
+  s.m = m;
+  s.state_out = e;
+  s.marks = maps.pieces;
+  s.mark_m = maps.m;
+  s.mark_e = maps.e;
+  return forward_of<Mode::maps>(p, s, p.head_dim / 64, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {

@@ -416,6 +416,7 @@ TEST_P(KdaCuda, PiecesSideBySide) {
   Case c(random, 2, 2050, 1, GetParam(), {.dt_mean = -5});
   c.pack(0, {-3, 700, 1024, 1100});
   expect_truth(c, "packed, length 2050", kept_writes, true);
+  expect_truth(Case(random, 1, 1030, 17, GetParam(), {.dt_mean = -7}), "maps from the start", kept_writes, true);
 }
 
 TEST_P(KdaCuda, KeptRecordsChangeNoBit) {
