@@ -225,12 +225,12 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
     for (int k = 0; k < 2; ++k) {
       for (int& known : shared.known_largest[k]) known = INT_MIN;
       start_barrier(shared.summed[k], work_warps);
-      start_barrier(shared.normalised[k], 1);
+      start_barrier(shared.normalised[k], 32);
       start_barrier(shared.arrived[k], 1);
       expect(shared.arrived[k], sums_bytes);
       if constexpr (more) {
         start_barrier(measured.summed[k], work_warps);
-        start_barrier(measured.ready[k], 1);
+        start_barrier(measured.ready[k], 32);
         start_barrier(measured.arrived[k], 1);
         expect(measured.arrived[k], measures_bytes);
       }
@@ -258,8 +258,8 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
       await(shared.arrived[turn], phase);
       if (lane == 0) expect(shared.arrived[turn], sums_bytes);
       join(shared.block[turn], normalised);
-      __syncwarp();
-      if (lane == 0) arrive(shared.normalised[turn]);
+      __syncwarp();  // `finish` reads what lane 2 wrote
+      arrive(shared.normalised[turn]);  // every lane, for what it has written and read
       [[maybe_unused]] const double* of_row = nullptr;
       if constexpr (more) {
         await(measured.summed[turn], phase);
@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
           for (int b = 0; b < cluster_blocks; ++b) sum += measured.block[turn][b][lane];
           measured.row[turn][lane] = sum;
         }
-        __syncwarp();
-        if (lane == 0) arrive(measured.ready[turn]);
+        __syncwarp();  // `finish` reads what the other lanes wrote
+        arrive(measured.ready[turn]);
         of_row = measured.row[turn];
       }
       if (block == 0 && lane == 0) finish(row, normalised, of_row);

@@ -4,8 +4,7 @@ import torch
 import reference
 
 # Outputs and states, gradients of q, k, v and states, of the gate and beta, of the parameters: what this field accepts
-# of bf16 inputs. A da_log adds up signed terms and may come out near zero by chance, so its error is relative to the
-# root of the sum of their squares and its own size together, and may be as large as df's.
+# of bf16 inputs. `sizes` says what errors of the gate's gradients are relative to; da_log's may be as large as df's.
 TOLERANCE = {'o': 5e-3, 'state': 5e-3, 'dq': 8e-3, 'dk': 8e-3, 'dv': 8e-3, 'dstate_in': 8e-3, 'df': 2e-2, 'db': 2e-2,
              'da_log': 2e-2, 'ddt_bias': 8e-3}
 # Nothing is ever forgotten and every write is whole: the roundings of the bf16 operands of hundreds of steps add up.
@@ -39,22 +38,37 @@ def case(S, L, H, K, *, bound=0.0, f_mean=0.0, f_scale=1.0, dt_mean=-4.0, b_mean
 
 
 def truth(x, chunk):
-    """Outputs and gradients in float64."""
+    """Outputs and gradients in float64, and `df_parts`: the size of what df is the difference of."""
     names = ('q', 'k', 'v', 'f', 'b', 'a_log', 'dt_bias')
     leaves = [x[n].double().requires_grad_() for n in names]
     S, L, H, K = x['q'].shape
     state = (torch.zeros(S, H, K, K, device='cuda', dtype=torch.float64) if x['state_in'] is None
              else x['state_in'].double()).requires_grad_()
+    unit = [reference.normalise(leaf) for leaf in leaves[:2]]
     if chunk:
-        o, s = reference.chunked(*leaves, x['scale'], x['bound'], state, chunk)
+        o, s = reference.chunked(*unit, *leaves[2:], x['scale'], x['bound'], state, chunk)
     else:
-        o, s = reference.recurrent(*leaves, x['start'], x['scale'], x['bound'], state)
+        o, s = reference.recurrent(*unit, *leaves[2:], x['start'], x['scale'], x['bound'], state)
     loss = (o * x['d_o'].double()).sum()
     if x['dstate_out'] is not None:
         loss = loss + (s * x['dstate_out'].double()).sum()
-    grads = torch.autograd.grad(loss, leaves + [state])
-    return dict(zip(('o', 'state', 'dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias', 'dstate_in'),
+    grads = torch.autograd.grad(loss, leaves + [state] + unit)
+    want = dict(zip(('o', 'state', 'dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias', 'dstate_in'),
                     (o.detach(), s.detach()) + grads))
+    # The gradient of log decay at a token adds q dq - k dk over the tokens from it on.
+    parts = sum((a.detach() * da).pow(2) for a, da in zip(unit, grads[-2:])).sqrt()
+    want['df_parts'] = parts * gate_slope(x)[0].abs()
+    return want
+
+
+def gate_slope(x):
+    """Derivative of log decay with respect to f, and what times it is that with respect to a_log."""
+    z, rate = x['f'].double() + x['dt_bias'].double(), x['a_log'].double().exp()[:, None]
+    if x['bound'] == 0:
+        slope = torch.sigmoid(z)
+        return -rate * slope, torch.nn.functional.softplus(z) / slope
+    slope = torch.sigmoid(rate * z)
+    return x['bound'] * rate * slope * (1 - slope), z
 
 
 def run(lib, x):
@@ -73,22 +87,32 @@ def run(lib, x):
     return out
 
 
-def size_of_da_log(x, df):
-    """Root of the sum of squares of the terms of da_log, by head."""
-    z = x['f'].double() + x['dt_bias'].double()
-    if x['bound'] == 0:
-        terms = df * torch.nn.functional.softplus(z) / torch.sigmoid(z)
-    else:
-        terms = df * z
-    return terms.pow(2).sum((0, 1, 3)).sqrt()
+def sizes(x, want):
+    """What errors of the gate's gradients are relative to, as RMS. Their terms are signed and may come out near zero
+    by chance, and where nothing is remembered df is the difference of two equal numbers, of which bf16 operands leave
+    their roundings: so the sizes of the terms count beside the sums', and one rounding of the parts (2^-9) is worth as
+    much as the tolerance."""
+    rms = lambda *parts: sum(p.pow(2) for p in parts).mean().sqrt()
+    parts = want['df_parts'] * 2 ** -9 / TOLERANCE['df']
+    terms = (want['df'].pow(2) + parts.pow(2)).sqrt()
+    to_a = gate_slope(x)[1]
+    size = dict(df=terms.pow(2).mean().sqrt())
+    size['ddt_bias'] = rms(want['ddt_bias'], parts.pow(2).sum((0, 1)).sqrt())
+    size['da_log'] = rms(want['da_log'], (terms * to_a).pow(2).sum((0, 1, 3)).sqrt())
+    return size
+
+
+def errors_of(got, want, x):
+    """By name, for the names of `got` that have a truth."""
+    names = [n for n in want if n in got]
+    size = sizes(x, want) if 'df' in want else {}
+    return {n: ((got[n].double() - want[n]).pow(2).mean().sqrt() / size[n]).item() if n in size
+            else error(got[n], want[n]) for n in names}
 
 
 def expect(rows, name, got, want, x=None, tolerance=None):
-    errors = {n: error(got[n], want[n]) for n in want}
+    errors = errors_of(got, want, x)
     limit = TOLERANCE | (tolerance or {})
-    if 'da_log' in want:
-        size = (size_of_da_log(x, want['df']).pow(2) + want['da_log'].pow(2)).mean().sqrt()
-        errors['da_log'] = ((got['da_log'].double() - want['da_log']).pow(2).mean().sqrt() / (size + 1e-30)).item()
     # Gradients that vanish (no incoming state) have nothing to be relative to.
     bad = [n for n, e in errors.items() if not e <= limit[n] and not (want[n].abs().max() < 1e-12 and
                                                                         got[n].abs().max() < 1e-6)]

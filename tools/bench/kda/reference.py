@@ -1,5 +1,6 @@
 """KDA in float64 PyTorch, for checks: the recurrence, and a chunked form fast enough for long sequences. Both are
-differentiated by autograd. Shapes: q, k, f [S, L, H, K], v [S, L, H, V], b [S, L, H], start [S, L]."""
+differentiated by autograd. q and k come normalised. Shapes: q, k, f [S, L, H, K], v [S, L, H, V], b [S, L, H],
+start [S, L]."""
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +17,7 @@ def normalise(x):
 
 def recurrent(q, k, v, f, b, a_log, dt_bias, start, scale, bound, state):
     """-> o, outgoing state; token by token."""
-    q, k, g, beta = normalise(q), normalise(k), gate(f, a_log, dt_bias, bound), torch.sigmoid(b)
+    g, beta = gate(f, a_log, dt_bias, bound), torch.sigmoid(b)
     decay = g.exp()
     keep = (start != torch.arange(start.shape[1], device=start.device)).to(q.dtype)[:, :, None, None, None]
     out, s = [], state
@@ -31,7 +32,7 @@ def recurrent(q, k, v, f, b, a_log, dt_bias, start, scale, bound, state):
 def chunked(q, k, v, f, b, a_log, dt_bias, scale, bound, state, chunk=32):
     """The same for one document that spans every segment."""
     rows = lambda x: x.transpose(1, 2)  # [S, H, L, .]
-    q, k, g = rows(normalise(q)), rows(normalise(k)), rows(gate(f, a_log, dt_bias, bound))
+    q, k, g = rows(q), rows(k), rows(gate(f, a_log, dt_bias, bound))
     v, beta = rows(v), rows(torch.sigmoid(b)[..., None])
     lower = torch.tril(torch.ones(chunk, chunk, device=q.device, dtype=torch.bool))
     eye = torch.eye(chunk, device=q.device, dtype=q.dtype)

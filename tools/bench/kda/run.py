@@ -165,10 +165,8 @@ def compare_errors(lib):
         want, peer, ours = check.truth(x, 32), Peer(x), check.run(lib, x)
         got = dict(zip(('dq', 'dk', 'dv', 'df', 'db', 'da_log', 'ddt_bias'), peer.backward()), o=peer.o.detach())
         got['ddt_bias'] = got['ddt_bias'].reshape(2, -1)
-        error = lambda of, n: check.error(of[n], want[n])
-        size = (check.size_of_da_log(x, want['df']).pow(2) + want['da_log'].pow(2)).mean().sqrt()
-        da_log = lambda of: ((of['da_log'].double() - want['da_log']).pow(2).mean().sqrt() / size).item()
-        out[name] = {n: (da_log(ours), da_log(got)) if n == 'da_log' else (error(ours, n), error(got, n)) for n in got}
+        mine, theirs = check.errors_of(ours, want, x), check.errors_of(got, want, x)
+        out[name] = {n: (mine[n], theirs[n]) for n in got}
         print(f'errors in thousandths, ours / fla, {name}:',
               ' '.join(f'{n} {1e3 * a:.2f}/{1e3 * b:.2f}' for n, (a, b) in out[name].items()), flush=True)
     return out
