@@ -1,6 +1,9 @@
 // The phases of each call, in order, and their workspace.
 #include "kernels/cuda/kda_common.cuh"
 
+#include <algorithm>
+#include <cmath>
+
 namespace deltapipe::kernels::cuda::kda {
 namespace {
 
@@ -66,13 +69,16 @@ struct Records {
 /// records that a scan waits for come.
 ///
 /// What the spare multiprocessors prepare while a chunk of all heads is scanned is 0.13 chunks of one head each (H100,
-/// K = 128: 0.93 us beside 7.2); leaving them half as much again has measured best.
+/// K = 128: 0.93 us beside 7.2); leaving them half as much again has measured best. All multiprocessors together take
+/// whole rounds of records, or some would wait for the others.
 Pace pace_of(const Problem& p, const Records& records, bool backwards, bool maps = false) {
   const int spare = spare_processors(p, maps), heads = p.segments * p.heads;
   if (spare < 16) return {};
-  const double share = 0.2 * spare / heads;
+  const double late = std::min(0.2 * spare / heads, maps ? 0.8 : 0.9), all = static_cast<double>(p.head_chunks());
+  const int round = prepared_at_once(p.head_dim);
+  const double early = std::max(1.0, std::round((1 - late) * all / round)) * round;
   return {.ready = records.ready,
-          .late_chunks = static_cast<int>(p.chunks() * (share < 0.9 ? share : 0.9)),
+          .late = static_cast<int>(std::max(all - early, 0.0)),
           .late_blocks = spare,
           .backwards = backwards};
 }

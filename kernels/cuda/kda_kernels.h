@@ -58,16 +58,18 @@ cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool tran
 
 // The phases.
 
-/// How records are prepared while a scan reads them: chunks in the scan's order, and from some point on by fewer
+/// How records are prepared while a scan reads them: chunk by chunk in the scan's order, and from some point on by fewer
 /// multiprocessors than there are, so that the scan has the others.
 struct Pace {
   int* ready = nullptr;  // [S, H, NC], set as a record becomes ready; null: the next kernel waits for all
-  int late_chunks = 0;   // prepared by late_blocks blocks alone
+  int late = 0;          // records that late_blocks blocks prepare alone, the last ones
   int late_blocks = 0;
   std::int64_t backwards = 0;  // 1: the last chunk first; wide, so that the struct has no padding
 };
 /// Records of every chunk (see kda_common.cuh), everything that needs no state.
 cudaError_t prepare(const Problem& p, void* records, const Pace& pace, cudaStream_t stream);
+/// Records that it has in hand at a time.
+int prepared_at_once(int head_dim);
 
 /// Forward scan. Either o (outputs) or states + v_new (for backward).
 struct ForwardScan {

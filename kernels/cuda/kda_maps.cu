@@ -10,13 +10,31 @@ namespace {
 
 constexpr int join_columns = 32;  // a block's
 template <int K>
-constexpr int join_threads = 2 * K;  // each four rows, K / 4 apart, and four columns
+constexpr int join_threads = 2 * K;  // a warp has 16 rows
 
 template <int K>
 struct JoinShared {
-  float m[K][K + 4];  // lanes' rows fall into different banks
-  float x[K][join_columns];
+  // Rows are as far apart as lets the lanes of a left and a right operand fall into different banks.
+  float m[K][K + 4];
+  float x[K][join_columns + 8];
 };
+
+/// x = high + low, both fit for the tensor cores' tf32: what is lost is 2^-21 of x.
+struct Halves {
+  std::uint32_t high, low;
+  __device__ __forceinline__ explicit Halves(float x) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high) : "f"(x));
+    low = __float_as_uint(x - __uint_as_float(high));
+  }
+};
+/// sum [16, 8] += a [16, 8] b [8, 8] (mma.m16n8k8's lanes).
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2,
+                                              std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
 /// A block owns 32 columns of a head's [M | E] and takes them through one piece after another; or 32 columns of its
 /// state, and writes what comes into each piece; where maps are from the start, into one.
@@ -26,19 +44,38 @@ __global__ void __launch_bounds__(join_threads<K>)
                 float* e, bool from_start) {
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& s = *reinterpret_cast<JoinShared<K>*>(memory);
-  constexpr int parts = K / join_columns, all = states ? parts : 2 * parts, fours = join_columns / 4;
-  const int column = threadIdx.x % fours * 4, first = threadIdx.x / fours;
+  constexpr int parts = K / join_columns, all = states ? parts : 2 * parts, tiles = join_columns / 8;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int head = blockIdx.x / all % heads, part = blockIdx.x % all;
   const int first_piece = from_start ? 1 + blockIdx.x / (all * heads) : 1, end = from_start ? first_piece + 1 : pieces;
   const bool is_m = !states && part < parts;
   const std::size_t at = static_cast<std::size_t>(head) * K * K, piece_size = static_cast<std::size_t>(heads) * K * K;
   const std::size_t own = at + part % parts * join_columns + column;
-  const auto place = [&](int r) { return own + (first + r * (K / 4)) * K; };
-  const float* begin = states ? state_in : is_m ? piece_m : piece_e;
-  wait_for_previous_kernel();
-  float4 x[4];
+  // The lane's sums: two of row `row`, then of row + 8, of every eight columns.
+  const auto place = [&](int n, int half) { return own + (row + 8 * half) * K + 8 * n; };
+  float x[tiles][4];
+  const auto load = [&](const float* from) {
 #pragma unroll
-  for (int r = 0; r < 4; ++r) x[r] = begin != nullptr ? quad(begin + place(r)) : float4{};
+    for (int n = 0; n < tiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 two = from != nullptr ? *reinterpret_cast<const float2*>(from + place(n, half)) : float2{};
+        x[n][2 * half] = two.x, x[n][2 * half + 1] = two.y;
+      }
+    }
+  };
+  const auto store = [&](float* to) {
+#pragma unroll
+    for (int n = 0; n < tiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<float2*>(to + place(n, half)) = {x[n][2 * half], x[n][2 * half + 1]};
+      }
+    }
+  };
+  wait_for_previous_kernel();
+  if constexpr (states) start_next_kernel();  // it waits for this one where it needs the states
+  load(states ? state_in : is_m ? piece_m : piece_e);
   for (int i = first_piece; i < end; ++i) {
     const int piece = states ? i - 1 : i;
     __syncthreads();
@@ -48,32 +85,30 @@ __global__ void __launch_bounds__(join_threads<K>)
       copy_async_16(shared_address(&s.m[k / (K / 4)][k % (K / 4) * 4]), from + 4 * k, true);
     }
     copy_async_commit();
+    if (states && (!from_start || piece == 0)) store(e + piece * piece_size);
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (states && (!from_start || piece == 0)) *reinterpret_cast<float4*>(e + piece * piece_size + place(r)) = x[r];
-      *reinterpret_cast<float4*>(&s.x[first + r * (K / 4)][column]) = x[r];
-      x[r] = is_m ? float4{} : quad(piece_e + piece * piece_size + place(r));
+    for (int n = 0; n < tiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<float2*>(&s.x[row + 8 * half][8 * n + column]) = {x[n][2 * half], x[n][2 * half + 1]};
+      }
     }
+    load(is_m ? nullptr : piece_e + piece * piece_size);
     copy_async_wait<0>();
     __syncthreads();
-#pragma unroll 4
-    for (int k = 0; k < K; k += 4) {
-      float4 y[4];
+#pragma unroll 2
+    for (int k = lane % 4; k < K; k += 8) {
+      const Halves a0(s.m[row][k]), a1(s.m[row + 8][k]), a2(s.m[row][k + 4]), a3(s.m[row + 8][k + 4]);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[j] = quad(&s.x[k + j][column]);
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float4 a = quad(&s.m[first + r * (K / 4)][k]);
-        x[r].x += a.x * y[0].x + a.y * y[1].x + a.z * y[2].x + a.w * y[3].x;
-        x[r].y += a.x * y[0].y + a.y * y[1].y + a.z * y[2].y + a.w * y[3].y;
-        x[r].z += a.x * y[0].z + a.y * y[1].z + a.z * y[2].z + a.w * y[3].z;
-        x[r].w += a.x * y[0].w + a.y * y[1].w + a.z * y[2].w + a.w * y[3].w;
+      for (int n = 0; n < tiles; ++n) {
+        const Halves b0(s.x[k][8 * n + lane / 4]), b1(s.x[k + 4][8 * n + lane / 4]);
+        multiply_tf32(x[n], a0.low, a1.low, a2.low, a3.low, b0.high, b1.high);
+        multiply_tf32(x[n], a0.high, a1.high, a2.high, a3.high, b0.low, b1.low);
+        multiply_tf32(x[n], a0.high, a1.high, a2.high, a3.high, b0.high, b1.high);
       }
     }
   }
-  float* out = states ? e + (end - 1) * piece_size : is_m ? m : e;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(out + place(r)) = x[r];
+  store(states ? e + (end - 1) * piece_size : is_m ? m : e);
 }
 
 template <int K, bool states>
@@ -83,6 +118,10 @@ cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_
   const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
+  // Two blocks on a multiprocessor; without this word the driver leaves room for one.
+  const cudaError_t preferred = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                     cudaSharedmemCarveoutMaxShared);
+  if (preferred != cudaSuccess) return preferred;
   const int heads = p.segments * p.heads, parts = (states ? 1 : 2) * K / join_columns;
   cudaLaunchAttribute attribute = {};  // its start meets the end of the kernel before
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

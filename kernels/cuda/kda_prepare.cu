@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(2 * K * groups<K>, 1)
   const int group = threadIdx.x / threads, barrier = 1 + group;
   auto& s = reinterpret_cast<Shared<K>*>(memory)[group];
   const Turns work{static_cast<int>(blockIdx.x) * groups<K> + group, static_cast<int>(gridDim.x) * groups<K>,
-                   count - pace.late_chunks * p.segments * p.heads,
+                   count - pace.late,
                    min(pace.late_blocks, static_cast<int>(gridDim.x)) * groups<K>, count};
   const auto place = [&](int i) { return Place(p, pace.backwards ? count - 1 - i : i); };
   int index = work.first();
@@ -466,6 +466,8 @@ cudaError_t launch(const Problem& p, void* records, const Pace& pace, cudaStream
 }
 
 }  // namespace
+
+int prepared_at_once(int head_dim) { return processors() * (head_dim == 128 ? groups<128> : groups<64>); }
 
 cudaError_t prepare(const Problem& p, void* records, const Pace& pace, cudaStream_t stream) {
   return p.head_dim == 128 ? launch<128>(p, records, pace, stream) : launch<64>(p, records, pace, stream);

@@ -76,7 +76,9 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   const int begin = all_chunks * piece / io.pieces, chunks = all_chunks * (piece + 1) / io.pieces - begin;
   const std::size_t first_slot = static_cast<std::size_t>(head) * all_chunks + begin;
   init_barriers(s);
-  if (io.ready == nullptr) wait_for_previous_kernel();
+  // The kernel before a scan of pieces makes their states alone, and starts this one after all before it has ended.
+  const bool states_awaited = outputs && io.pieces > 1;
+  if (io.ready == nullptr && !states_awaited) wait_for_previous_kernel();
 
   if (warp >= groups * group_warps) {
     share_registers<groups, false>();
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(threads<groups>, 1)
   const int group = warp / group_warps, first = part.column + warp * slice;
   float state[K / 8][4], sum[8][4], o[8][4] = {};
   std::uint32_t from[operands][4], values[4][4] = {};
+  if (states_awaited) wait_for_previous_kernel();
   if (!maps && io.state_in != nullptr) {
     load_state<K>(state, io.state_in + (static_cast<std::size_t>(piece) * heads + head) * K * K, K, first, lane);
   } else {

@@ -93,11 +93,11 @@ def sizes(x, want):
     their roundings: so the sizes of the terms count beside the sums', and one rounding of the parts (2^-9) is worth as
     much as the tolerance."""
     rms = lambda *parts: sum(p.pow(2) for p in parts).mean().sqrt()
-    parts = want['df_parts'] * 2 ** -9 / TOLERANCE['df']
-    terms = (want['df'].pow(2) + parts.pow(2)).sqrt()
+    rounding = want['df_parts'] * 2 ** -9
+    terms = (want['df'].pow(2) + (rounding / TOLERANCE['df']).pow(2)).sqrt()
     to_a = gate_slope(x)[1]
     size = dict(df=terms.pow(2).mean().sqrt())
-    size['ddt_bias'] = rms(want['ddt_bias'], parts.pow(2).sum((0, 1)).sqrt())
+    size['ddt_bias'] = rms(want['ddt_bias'], (rounding / TOLERANCE['ddt_bias']).pow(2).sum((0, 1)).sqrt())
     size['da_log'] = rms(want['da_log'], (terms * to_a).pow(2).sum((0, 1, 3)).sqrt())
     return size
 
