@@ -11,9 +11,9 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 export DELTAPIPE=$deltapipe OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
 die() {
-  echo "FAILED: $*" >&2
   tail -n 4 ./*.log >&2
   grep -aE '^launch|^mpirun|warning|error' ./*.log | tail -n 20 >&2 || true
+  echo "FAILED: $*" >&2
   exit 1
 }
 
