@@ -5,8 +5,10 @@
 #include "comm/mpi_runtime.h"
 #include "core/error.h"
 
+#include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -40,28 +42,41 @@ int report_bug(Runtime& runtime, const char* what) {
                 deltapipe::InternalError("").exit_code());
 }
 
-[[noreturn]] void fail_usage(const CLI::App& app, const CLI::ParseError& e, std::string_view command,
-                             Runtime& runtime) {
-  const auto unused = app.remaining();  // a wrong first word is no subcommand, and would go unnamed
-  const bool unknown = app.get_subcommands().empty() && !unused.empty();
-  const std::string message = (unknown ? "there is no subcommand '" + unused[0] + "'" : std::string(e.what())) +
-                              "; --help lists what is accepted";
-  const auto launch = deltapipe::detect_launch([](const char* name) { return std::getenv(name); });
-  if (command == "train" && launch.mpi) {  // all ranks have the same command line: one of them tells
+/// All ranks have the same command line: one of them tells.
+[[noreturn]] void fail_together(const std::string& message, const deltapipe::Launch& launch, Runtime& runtime) {
+  if (launch.mpi) {
     runtime = std::make_unique<deltapipe::MpiRuntime>();
     runtime->together([&] { deltapipe::fail<deltapipe::UsageError>("{}", message); });
   }
   deltapipe::fail<deltapipe::UsageError>("{}", message);
 }
 
+[[noreturn]] void fail_usage(const CLI::App& app, const CLI::ParseError& e, const deltapipe::Launch& launch,
+                             Runtime& runtime) {
+  const auto unused = app.remaining();  // a wrong first word is no subcommand, and would go unnamed
+  const bool unknown = app.get_subcommands().empty() && !unused.empty();
+  const std::string message = (unknown ? "there is no subcommand '" + unused[0] + "'" : std::string(e.what())) +
+                              "; --help lists what is accepted";
+  fail_together(message, launch, runtime);
+}
+
 /// Parses the command line and runs its command.
 void run(CLI::App& app, int argc, char** argv, Runtime& runtime) {
+  const auto launch = deltapipe::detect_launch([](const char* name) { return std::getenv(name); });
+  const std::string command = argc > 1 ? argv[1] : "";
+  const bool known = !app.get_subcommands([&](const CLI::App* a) { return a->get_name() == command; }).empty();
+  const bool asks = std::any_of(argv, argv + argc, [](const std::string_view a) { return a == "--help" || a == "-h"; });
+  if (known && !asks && command != "train" && launch.ranks > 1) {
+    fail_together(fmt::format("{} runs in one process, {} were started: start it without mpirun or srun", command,
+                              launch.ranks),
+                  launch, runtime);
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success&) {
     throw;  // --help, --version
   } catch (const CLI::ParseError& e) {
-    fail_usage(app, e, argc > 1 ? argv[1] : "", runtime);
+    fail_usage(app, e, launch, runtime);
   }
 }
 

@@ -67,6 +67,7 @@ TEST_F(JobRefusals, PipelinesThatDoNotFit) {
 TEST_F(JobRefusals, WrongCommandLinesAndFiles) {
   refuse(2, {"--frobnicate"}, mpirun(3), train({"--frobnicate"}));
   refuse(2, {"config"}, mpirun(2), {"train"});
+  refuse(2, {"eval", "one process, 2 were started"}, mpirun(2), {"eval", "teacher", "--data", "validation.h5"});
   refuse(3, {"frob"}, mpirun(3), train(settings({"frob=1"})));
   refuse(5, {"nowhere"}, mpirun(3), train(settings({"teacher.path=nowhere"})));
   refuse(2, {"--restart", "--resume"}, mpirun(2), train({"--restart"}));
