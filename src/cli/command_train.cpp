@@ -39,7 +39,9 @@ void add_train_command(CLI::App& app, std::unique_ptr<MpiRuntime>& started) {
       ->add_option("--resume", run->resume,
                    "go on: auto (from the newest whole checkpoint, if any) or a checkpoint's folder")
       ->type_name("auto|none|FOLDER");
-  command->add_flag("--restart", run->restart, "begin anew, and remove the checkpoints in the run's folder");
+  command->add_flag("--restart", run->restart,
+                    "begin anew, and remove the checkpoints in the run's folder; with --resume FOLDER those of later "
+                    "steps");
   command->callback([options, run, &started] {
     Config config;
     std::exception_ptr error;  // told when there are ranks to tell

@@ -88,6 +88,17 @@ std::vector<fs::path> checkpoints_in(const fs::path& folder) {
   return found;
 }
 
+/// Those in the folder that --resume auto would prefer to the one of `step`, newest first.
+std::vector<fs::path> checkpoints_after(const fs::path& folder, std::int64_t step) {
+  std::vector<fs::path> found = checkpoints_in(folder);
+  const std::string name = checkpoint_name(step);
+  std::erase_if(found, [&](const fs::path& p) {
+    const std::string other = p.filename().string();
+    return other.size() != name.size() ? other.size() < name.size() : other <= name;
+  });
+  return found;
+}
+
 /// The checkpoint to go on from, opened and verified; null when the run begins.
 std::unique_ptr<CheckpointReader> open_checkpoint(const RunOptions& options, const fs::path& folder) {
   if (options.resume == "none") {
@@ -97,8 +108,18 @@ std::unique_ptr<CheckpointReader> open_checkpoint(const RunOptions& options, con
     }
     return nullptr;
   }
-  if (options.restart) fail<UsageError>("--restart begins anew, --resume goes on: give one of them");
-  if (options.resume != "auto") return std::make_unique<CheckpointReader>(find_checkpoint(options.resume));
+  if (options.resume != "auto") {
+    auto chosen = std::make_unique<CheckpointReader>(find_checkpoint(options.resume));
+    const std::vector<fs::path> later = checkpoints_after(folder, chosen->state().step);
+    if (!options.restart && !later.empty()) {
+      fail<UsageError>("{} is of a later step than {}, and --resume auto would go on from it; --restart removes such",
+                       later.front().string(), chosen->folder().string());
+    }
+    return chosen;
+  }
+  if (options.restart) {
+    fail<UsageError>("--restart begins anew, --resume auto goes on: give one of them, or --resume FOLDER");
+  }
   const std::vector<fs::path> found = checkpoints_in(folder);
   for (const fs::path& checkpoint : found) {
     try {
@@ -422,10 +443,14 @@ class TrainingRun {
     }
   }
 
+  /// All of the run's folder, or those of later steps than the one to go on from.
   void remove_checkpoints() const {
-    std::error_code error;
-    fs::remove_all(checkpoints_, error);
-    if (error) fail<IoError>("cannot remove {}: {}", checkpoints_.string(), error.message());
+    const auto unwanted = resume_from_ ? checkpoints_after(checkpoints_, first_.step) : std::vector{checkpoints_};
+    for (const fs::path& folder : unwanted) {
+      std::error_code error;
+      fs::remove_all(folder, error);
+      if (error) fail<IoError>("cannot remove {}: {}", folder.string(), error.message());
+    }
   }
 
   Stream stream() const { return stream_.get(); }

@@ -19,7 +19,8 @@ namespace deltapipe {
 struct RunOptions {
   /// "none", "auto" (the newest whole checkpoint of the run, when there is one) or a checkpoint's folder.
   std::string resume = "none";
-  /// Allows a run folder that holds checkpoints already to be begun anew; they are removed.
+  /// Allows a run folder that holds checkpoints already to be begun anew, or to go on from a checkpoint's folder where
+  /// it holds later ones, which "auto" would prefer: they are removed.
   bool restart = false;
 };
 

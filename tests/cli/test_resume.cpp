@@ -84,6 +84,28 @@ TEST_F(Resume, FromAnyStepIsBitwiseTheWholeRun) {
   }
 }
 
+// Checkpoints of later steps would be what --resume auto goes on from: they are in the way, and go when told to.
+TEST_F(Resume, FromAnOlderCheckpointThanTheNewest) {
+  shop.write_job(2, 3, "[checkpoint]\nevery_steps = 1\nkeep = 100\n");
+  const fs::path whole = run_whole(), folder = shop / "older", older = checkpoints_of(folder) / checkpoint_name(3);
+  fs::copy(whole, folder, fs::copy_options::recursive);
+  const std::vector<std::string> command{"train", job, "--resume", older.string()};
+  EXPECT_TRUE(testing::fails_with(2, {checkpoint_name(5), checkpoint_name(3), "--restart"},
+                                  run(command, {.folder = folder})));
+  expect_same_run(whole, folder);  // nothing has changed
+
+  std::vector<std::string> shorter = command;
+  shorter.insert(shorter.end(), {"--restart", "--set", "stage.1.steps=2"});
+  ASSERT_TRUE(succeeds(run(shorter, {.folder = folder})));
+  EXPECT_EQ(newest_checkpoint(checkpoints_of(folder)), checkpoints_of(folder) / checkpoint_name(4));
+  EXPECT_TRUE(fs::exists(older));
+
+  std::vector<std::string> again = command;
+  again.push_back("--restart");
+  ASSERT_TRUE(succeeds(run(again, {.folder = folder})));
+  expect_same_run(whole, folder);
+}
+
 // SIGTERM, SIGINT and SIGUSR1 at random steps of both stages: each leaves a checkpoint and exit status 0.
 TEST_F(Resume, AfterSignalsIsBitwiseTheWholeRun) {
   constexpr int align = 25, distill = 25;
