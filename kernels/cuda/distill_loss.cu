@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(threads, blocks_an_sm)
       await(shared.arrived[turn], phase);
       if (lane == 0) expect(shared.arrived[turn], sums_bytes);
       join(shared.block[turn], normalised);
-      __syncwarp();  // `finish` reads what lane 2 wrote
+      __syncwarp();                     // `finish` reads what lane 2 wrote
       arrive(shared.normalised[turn]);  // every lane, for what it has written and read
       [[maybe_unused]] const double* of_row = nullptr;
       if constexpr (more) {

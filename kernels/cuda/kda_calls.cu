@@ -70,7 +70,8 @@ struct Records {
 ///
 /// What the spare multiprocessors prepare while a chunk of all heads is scanned is 0.13 chunks of one head each (H100,
 /// K = 128: 0.93 us beside 7.2); leaving them half as much again has measured best. All multiprocessors together take
-/// whole rounds of records, or some would wait for the others.
+/// whole rounds of records, or some would wait for the others; before the maps of whole segments, whose chunks take
+/// longer, more of them (4 us of 8,192 tokens).
 Pace pace_of(const Problem& p, const Records& records, bool backwards, bool maps = false) {
   const int spare = spare_processors(p, maps), heads = p.segments * p.heads;
   if (spare < 16) return {};
@@ -177,12 +178,11 @@ cudaError_t backward(const Problem& p, void* records, bool prepared, const float
 
 cudaError_t segment_map(const Problem& p, void* records, float* m, float* e, cudaStream_t stream) {
   const Records r(records, p);
-  const bool whole = r.maps.pieces == 1 || r.maps.from_start;
-  const Pace pace = whole ? pace_of(p, r, false, true) : Pace{};
+  const Pace pace = r.maps.whole() ? pace_of(p, r, false, true) : Pace{};
   return Status()
       .then([&] { return prepare(p, r.all, pace, stream); })
       .then([&] { return scan_maps(p, r.all, pace.ready, r.maps, m, e, stream); })
-      .then([&] { return whole ? cudaSuccess : join_maps(p, r.maps, m, e, stream); })
+      .then([&] { return r.maps.whole() ? cudaSuccess : join_maps(p, r.maps, m, e, stream); })
       .error();
 }
 

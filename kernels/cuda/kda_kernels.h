@@ -58,8 +58,8 @@ cudaError_t multiply_add(int n, int rows, int columns, const float* a, bool tran
 
 // The phases.
 
-/// How records are prepared while a scan reads them: chunk by chunk in the scan's order, and from some point on by fewer
-/// multiprocessors than there are, so that the scan has the others.
+/// How records are prepared while a scan reads them: chunk by chunk in the scan's order, and from some point on by
+/// fewer multiprocessors than there are, so that the scan has the others.
 struct Pace {
   int* ready = nullptr;  // [S, H, NC], set as a record becomes ready; null: the next kernel waits for all
   int late = 0;          // records that late_blocks blocks prepare alone, the last ones
@@ -82,8 +82,8 @@ struct ForwardScan {
   const int* ready = nullptr;       // of the prepare queued just before, which may still run
   // Pieces of the segments, scanned side by side; state_in is [pieces, S, H, K, V] then.
   int pieces = 1;
-  // Of scan_maps alone, whose state_out is e: [pieces, S, H, ...]; of a whole segment also the map of every run of
-  // pieces from its start on, of which `marks` are cut, but of all.
+  // Of scan_maps alone, whose state_out is e: [pieces, S, H, ...]. Of a whole segment also the maps up to the first
+  // marks - 1 of its `marks` pieces' ends.
   float* m = nullptr;
   int marks = 1;
   float *mark_m = nullptr, *mark_e = nullptr;
@@ -97,11 +97,12 @@ struct PieceMaps {
   bool from_start;  // map i is that of pieces 0 to i; the last one is the segment's and not kept here
   float* m;         // [pieces, S, H, K, K]
   float* e;         // [pieces, S, H, K, V]
+  /// A segment is scanned in one go.
+  bool whole() const { return pieces == 1 || from_start; }
 };
 /// Its m and e are null.
 PieceMaps map_pieces(const Problem& p);
-/// Of the pieces; of the segments, too, into m and e, where maps are from the start or the piece is one. ready: as in
-/// ForwardScan.
+/// Of the pieces; where maps are whole, of the segments, too, into m and e. ready: as in ForwardScan.
 cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps, float* m,
                       float* e, cudaStream_t stream);
 cudaError_t join_maps(const Problem& p, const PieceMaps& maps, float* m, float* e, cudaStream_t stream);

@@ -119,8 +119,8 @@ cudaError_t join_of(const Problem& p, const PieceMaps& maps, const float* state_
                                                static_cast<int>(sizeof(JoinShared<K>)));
   if (set != cudaSuccess) return set;
   // Two blocks on a multiprocessor; without this word the driver leaves room for one.
-  const cudaError_t preferred = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                     cudaSharedmemCarveoutMaxShared);
+  const cudaError_t preferred =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (preferred != cudaSuccess) return preferred;
   const int heads = p.segments * p.heads, parts = (states ? 1 : 2) * K / join_columns;
   cudaLaunchAttribute attribute = {};  // its start meets the end of the kernel before

@@ -298,8 +298,7 @@ __global__ void __launch_bounds__(2 * K * groups<K>, 1)
   const int group = threadIdx.x / threads, barrier = 1 + group;
   auto& s = reinterpret_cast<Shared<K>*>(memory)[group];
   const Turns work{static_cast<int>(blockIdx.x) * groups<K> + group, static_cast<int>(gridDim.x) * groups<K>,
-                   count - pace.late,
-                   min(pace.late_blocks, static_cast<int>(gridDim.x)) * groups<K>, count};
+                   count - pace.late, min(pace.late_blocks, static_cast<int>(gridDim.x)) * groups<K>, count};
   const auto place = [&](int i) { return Place(p, pace.backwards ? count - 1 - i : i); };
   int index = work.first();
   if (pace.ready != nullptr) {

@@ -431,15 +431,19 @@ cudaError_t scan_forward(const Problem& p, const ForwardScan& s, cudaStream_t st
 
 cudaError_t scan_maps(const Problem& p, const void* records, const int* ready, const PieceMaps& maps, float* m,
                       float* e, cudaStream_t stream) {
-  ForwardScan s{.records = records, .state_out = maps.e, .ready = ready, .pieces = maps.pieces, .m = maps.m};
-  if (maps.pieces > 1 && !maps.from_start) return forward_of<Mode::piece_maps>(p, s, p.head_dim / 64, stream);
-  s.pieces = 1;
-  s.m = m;
-  s.state_out = e;
-  s.marks = maps.pieces;
-  s.mark_m = maps.m;
-  s.mark_e = maps.e;
-  return forward_of<Mode::maps>(p, s, p.head_dim / 64, stream);
+  const int groups = p.head_dim / 64;
+  if (!maps.whole()) {
+    const ForwardScan s{.records = records, .state_out = maps.e, .ready = ready, .pieces = maps.pieces, .m = maps.m};
+    return forward_of<Mode::piece_maps>(p, s, groups, stream);
+  }
+  const ForwardScan s{.records = records,
+                      .state_out = e,
+                      .ready = ready,
+                      .m = m,
+                      .marks = maps.pieces,
+                      .mark_m = maps.m,
+                      .mark_e = maps.e};
+  return forward_of<Mode::maps>(p, s, groups, stream);
 }
 
 cudaError_t scan_reverse(const Problem& p, const ReverseScan& s, cudaStream_t stream) {

@@ -67,9 +67,9 @@ void run(CLI::App& app, int argc, char** argv, Runtime& runtime) {
   const bool known = !app.get_subcommands([&](const CLI::App* a) { return a->get_name() == command; }).empty();
   const bool asks = std::any_of(argv, argv + argc, [](const std::string_view a) { return a == "--help" || a == "-h"; });
   if (known && !asks && command != "train" && launch.ranks > 1) {
-    fail_together(fmt::format("{} runs in one process, {} were started: start it without mpirun or srun", command,
-                              launch.ranks),
-                  launch, runtime);
+    fail_together(
+        fmt::format("{} runs in one process, {} were started: start it without mpirun or srun", command, launch.ranks),
+        launch, runtime);
   }
   try {
     app.parse(argc, argv);

@@ -73,6 +73,9 @@ Progress to_progress(const TrainingState& s, const TrainingPlan& plan, const std
   return {s.step, s.stage, s.stage_step, s.tokens_seen, s.skipped_steps, s.skipped_in_a_row};
 }
 
+/// Whether checkpoint `a` is of a later step than `b`, by their names: steps of nine digits follow those of eight.
+bool is_later(const std::string& a, const std::string& b) { return a.size() != b.size() ? a.size() > b.size() : a > b; }
+
 /// Checkpoints in the folder, whole or damaged, newest first.
 std::vector<fs::path> checkpoints_in(const fs::path& folder) {
   std::vector<fs::path> found;
@@ -82,8 +85,7 @@ std::vector<fs::path> checkpoints_in(const fs::path& folder) {
     if (it->path().filename().string().starts_with("step-")) found.push_back(it->path());
   }
   std::sort(found.begin(), found.end(), [](const fs::path& a, const fs::path& b) {
-    const std::string x = a.filename().string(), y = b.filename().string();
-    return x.size() != y.size() ? x.size() > y.size() : x > y;  // steps of nine digits follow those of eight
+    return is_later(a.filename().string(), b.filename().string());
   });
   return found;
 }
@@ -91,11 +93,7 @@ std::vector<fs::path> checkpoints_in(const fs::path& folder) {
 /// Those in the folder that --resume auto would prefer to the one of `step`, newest first.
 std::vector<fs::path> checkpoints_after(const fs::path& folder, std::int64_t step) {
   std::vector<fs::path> found = checkpoints_in(folder);
-  const std::string name = checkpoint_name(step);
-  std::erase_if(found, [&](const fs::path& p) {
-    const std::string other = p.filename().string();
-    return other.size() != name.size() ? other.size() < name.size() : other <= name;
-  });
+  std::erase_if(found, [&](const fs::path& p) { return !is_later(p.filename().string(), checkpoint_name(step)); });
   return found;
 }
 

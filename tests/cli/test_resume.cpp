@@ -90,8 +90,8 @@ TEST_F(Resume, FromAnOlderCheckpointThanTheNewest) {
   const fs::path whole = run_whole(), folder = shop / "older", older = checkpoints_of(folder) / checkpoint_name(3);
   fs::copy(whole, folder, fs::copy_options::recursive);
   const std::vector<std::string> command{"train", job, "--resume", older.string()};
-  EXPECT_TRUE(testing::fails_with(2, {checkpoint_name(5), checkpoint_name(3), "--restart"},
-                                  run(command, {.folder = folder})));
+  EXPECT_TRUE(
+      testing::fails_with(2, {checkpoint_name(5), checkpoint_name(3), "--restart"}, run(command, {.folder = folder})));
   expect_same_run(whole, folder);  // nothing has changed
 
   std::vector<std::string> shorter = command;
